@@ -1,0 +1,47 @@
+# The environment is .venv; every target makes it first. `make` alone lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+SGLANG := sglang==0.5.23
+PIP := $(BIN)/pip --disable-pip-version-check install
+
+.PHONY: help venv demo test check format bench clean
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+
+venv: .venv/.ready ## everything into .venv (once)
+.venv/.ready: pyproject.toml requirements-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "ead needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	@if nvidia-smi -L >/dev/null 2>&1 || test -e /dev/kfd; then \
+	  echo "==> GPU found: SGLang with its own CUDA packages (about 11 GB)" && \
+	  $(PIP) -e '.[server,trainer,dev]'; \
+	else \
+	  echo "==> no GPU found: the CPU set-up (see requirements-cpu.txt)" && \
+	  echo "==> 1/4 torch" && $(PIP) torch==2.13.0 && \
+	  echo "==> 2/4 SGLang" && $(PIP) --no-deps $(SGLANG) torchvision==0.28.0 && \
+	  echo "==> 3/4 what SGLang needs on a CPU" && $(PIP) -r requirements-cpu.txt && \
+	  echo "==> 4/4 this project" && $(PIP) -e '.[trainer,dev]'; \
+	fi
+	@touch $@
+
+demo: venv ## serve, chat, train, and one picture of it
+	@$(BIN)/ead demo
+
+test: venv ## all tests, on a real server
+	@$(BIN)/python -m pytest
+
+check: venv ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: venv ## the sampler's cost against plain SGLang
+	@$(BIN)/python -m benchmarks.sampler
+
+clean: ## remove .venv
+	rm -rf .venv

@@ -1,0 +1,197 @@
+"""Everything that this project touches in SGLang, in one table, checked at start-up.
+
+SGLang finds `load` through the entry-point group `sglang.srt.plugins` and calls it in each of its
+processes. Besides the hooks below, the HTTP layer adds one ASGI middleware to SGLang's FastAPI
+app (`ead_server.middleware`), and on a machine without an accelerator SGLang's CPU engine is
+switched on (`ead_sampler.device`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import multiprocessing
+import os
+import pkgutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_SGLANG = "0.5.23"
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+
+
+class Hook(NamedTuple):
+    """One place in SGLang that is wrapped. `ours` is called as SGLang's HookType says."""
+
+    target: str  # dotted name in SGLang
+    parameters: str  # its parameter names in SUPPORTED_SGLANG: a change means a new look
+    kind: str  # name of a SGLang HookType
+    ours: str  # "module:function"
+    why: str
+
+
+_BATCH = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+
+HOOKS = (
+    # scheduler process: per-row state follows the batch (SGLang's placeholders for extension)
+    Hook(
+        f"{_BATCH}.adjusted_from_schedule_batch",
+        "self batch vocab_size",
+        "AFTER",
+        "ead_sampler.sampling:build_rows",
+        "a new batch gets a row of schedule parameters per request",
+    ),
+    Hook(
+        f"{_BATCH}.adjusted_filter_batch",
+        "self keep_indices keep_indices_device",
+        "AFTER",
+        "ead_sampler.sampling:filter_rows",
+        "rows leave with finished requests",
+    ),
+    Hook(
+        f"{_BATCH}.adjusted_merge_batch",
+        "self other",
+        "AFTER",
+        "ead_sampler.sampling:merge_rows",
+        "rows of prefilled requests join the running ones",
+    ),
+    Hook(
+        f"{_BATCH}.copy_for_forward",
+        "self",
+        "AFTER",
+        "ead_sampler.sampling:keep_rows",
+        "the copy that a step in flight uses drops attributes that are not dataclass fields",
+    ),
+    # scheduler process: one sampling step
+    Hook(
+        f"{_RUNNER}._preprocess_logits",
+        "self logits_output sampling_info observer",
+        "BEFORE",
+        "ead_sampler.sampling:keep_model_logits",
+        "model log-probabilities are those before penalties, bias and grammar masks",
+    ),
+    Hook(
+        "sglang.srt.layers.sampler.Sampler.forward",
+        "self logits_output sampling_info return_logprob top_logprobs_nums token_ids_logprobs "
+        "positions logprob_logits",
+        "AROUND",
+        "ead_sampler.sampling:sample",
+        "sets each row's temperature, whatever the sampling backend, and records the outcome",
+    ),
+    # tokenizer process
+    Hook(
+        "sglang.srt.sampling.sampling_params.SamplingParams.verify",
+        "self vocab_size",
+        "AFTER",
+        "ead_sampler.requests:verify_sampling_params",
+        "a bad schedule is a 400 on every route instead of a dead scheduler",
+    ),
+    Hook(
+        f"{_MANAGER}.generate_request",
+        "self obj request",
+        "AROUND",
+        "ead_sampler.requests:generate_request",
+        "`annealing` travels in custom_params; answers say what was applied",
+    ),
+    Hook(
+        f"{_MANAGER}.update_request_meta_info",
+        "self meta_info state customized_info index finish_reason",
+        "AROUND",
+        "ead_sampler.requests:drop_empty_columns",
+        "requests that asked for nothing must not grow columns of None",
+    ),
+    *(
+        Hook(
+            f"{_MANAGER}.{method}",
+            "self obj request",
+            "AROUND",
+            "ead_sampler.requests:count_weight_update",
+            "completes a weight update: the default training step of a schedule",
+        )
+        for method in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
+    ),
+)
+
+
+def load() -> None:
+    """Entry point: register the hooks, or stop this process with the reason.
+
+    SGLang only logs an exception of a plugin and would then serve without annealing, silently;
+    hence SystemExit.
+    """
+    from ead_sampler import device
+
+    logger.info("device: %s", device.choose())
+    problems = check_sglang()
+    if problems:
+        raise SystemExit("ead cannot extend this SGLang:\n  " + "\n  ".join(problems))
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in HOOKS:
+        HookRegistry.register(hook.target, _resolve(hook.ours), HookType[hook.kind])
+    if _serves_http():
+        importlib.import_module("ead_server.middleware").install()
+        # With several tokenizer workers, uvicorn imports its app by this name in each of them.
+        os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "ead_server.app:app")
+
+
+def check_sglang() -> list[str]:
+    """What is wrong with the installed SGLang, hook by hook; empty when all is as expected."""
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        return [f"sglang is not installed; ead supports sglang {SUPPORTED_SGLANG}"]
+    if found != SUPPORTED_SGLANG:
+        return [f"found sglang {found}; this version of ead supports sglang {SUPPORTED_SGLANG}"]
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
+        return ["SGLANG_RUST_SERVER replaces the HTTP server that ead extends; unset it"]
+    return [problem for hook in HOOKS if (problem := _check(hook))]
+
+
+def hooks_not_in_place() -> list[str]:
+    """Targets that are not wrapped in this process, after SGLang has loaded its plugins."""
+    missing = []
+    for hook in HOOKS:
+        wrappers, ours = _resolve(hook.target), _resolve(hook.ours)
+        while wrappers is not None and not _closes_over(wrappers, ours):
+            wrappers = getattr(wrappers, "__wrapped__", None)
+        if wrappers is None:
+            missing.append(hook.target)
+    return missing
+
+
+def _check(hook: Hook) -> str | None:
+    try:
+        target = _resolve(hook.target)
+    except (ImportError, AttributeError) as error:
+        return f"{hook.target} is gone ({error}); it is needed because {hook.why}"
+    names = " ".join(inspect.signature(target).parameters)
+    if names != hook.parameters:
+        return f"{hook.target} takes ({names}), expected ({hook.parameters})"
+    return None
+
+
+def _resolve(name: str) -> Any:
+    return pkgutil.resolve_name(name)
+
+
+def _closes_over(wrapper: Any, function: Any) -> bool:
+    """Whether `wrapper` is SGLang's wrapping of `function`."""
+    cells = getattr(wrapper, "__closure__", None) or ()
+    return any(cell.cell_contents is function for cell in cells)
+
+
+def _serves_http() -> bool:
+    """Whether this process may run the HTTP server: the launcher, or one that imported it.
+
+    Trainers start servers in child processes, and load the HTTP module before the plugins; the
+    scheduler and detokenizer processes never load it.
+    """
+    return multiprocessing.parent_process() is None or HTTP_SERVER in sys.modules

@@ -1,0 +1,244 @@
+"""What happens to a request in SGLang's tokenizer process, before and after the scheduler.
+
+A request says what it wants in `sampling_params`: `annealing` (a schedule) and `rollout` (return
+the arrays also without a schedule). Both are checked here, moved into SGLang's `custom_params`,
+which travels to the scheduler, and answered with a marker that says what was applied. The hooks
+that call these functions are listed in `ead_sampler.plugin`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from ead_sampler.schedule import AnnealingError, parse_annealing
+
+ANNEALING = "annealing"
+ROLLOUT = "rollout"
+SAMPLING = "sampling"
+MARKERS = (ANNEALING, SAMPLING)  # added to meta_info of every answer that has the arrays
+
+TOP_K_ALL = 1 << 30  # SGLang's "no top_k"
+
+# Called with every item that TokenizerManager.generate_request yields for the current HTTP
+# request; set by the HTTP layer, which has no other way to see items behind the OpenAI routes.
+observe_items: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar(
+    "ead_observe_items", default=None
+)
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def check_rollout(raw: object) -> bool | dict[str, bool]:
+    """The `rollout` field: true, false or {"entropies": bool}. Raises AnnealingError."""
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, dict) and set(raw) <= {"entropies"}:
+        if isinstance(raw.get("entropies", False), bool):
+            return dict(raw)
+        raise AnnealingError("rollout.entropies", f"must be a boolean, got {raw['entropies']!r}")
+    raise AnnealingError(ROLLOUT, 'must be a boolean or {"entropies": true}')
+
+
+def check_sampling(params: Mapping[str, Any]) -> None:
+    """With a schedule, the temperature is the schedule's alone. Raises AnnealingError."""
+    temperature, top_k = params.get("temperature"), params.get("top_k")
+    if temperature is not None and temperature != 1:
+        raise AnnealingError(
+            "temperature", f"must be absent or 1 together with annealing, got {temperature!r}"
+        )
+    if top_k == 1:
+        raise AnnealingError("top_k", "must not be 1 (greedy) together with annealing")
+
+
+def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
+    """AFTER SamplingParams.verify: SGLang's own check of every request, on every route.
+
+    Also reached by requests that put the schedule into `custom_params` themselves. A ValueError
+    here is a clean 400; the same mistake in the scheduler would kill the server.
+    """
+    custom = params.custom_params
+    if not isinstance(custom, dict) or not (ANNEALING in custom or ROLLOUT in custom):
+        return
+    check_rollout(custom.get(ROLLOUT, False))
+    asked = custom.get(ANNEALING)
+    if asked is not None:
+        parse_annealing(asked)
+        check_sampling({"temperature": params.temperature, "top_k": params.top_k})
+    if asked is not None or custom.get(ROLLOUT):
+        if params.beam_width is not None and params.beam_width > 1:
+            raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
+        check_server_mode()
+
+
+def check_server_mode() -> None:
+    """Refuse schedules and rollouts in server modes that cannot honour them."""
+    from sglang.srt.runtime_context import get_server_args
+
+    reason = unsupported_mode(get_server_args(), os.environ)
+    if reason is not None:
+        raise AnnealingError(ANNEALING, f"this server cannot honour it: {reason}")
+
+
+def unsupported_mode(server_args: Any, environ: Mapping[str, str]) -> str | None:
+    """Why a server started like this cannot anneal, or None. See DESIGN.md, "refused"."""
+    if server_args.speculative_algorithm is not None:
+        return "speculative decoding samples outside the sampler (--speculative-algorithm)"
+    if server_args.dllm_algorithm is not None:
+        return "diffusion language models have their own sampler (--dllm-algorithm)"
+    if server_args.disaggregation_mode not in (None, "null"):
+        return "the first token is sampled by another server (--disaggregation-mode)"
+    if server_args.pp_size > 1:
+        return "recorded values do not cross pipeline stages (--pp-size)"
+    if server_args.rl_on_policy_target is not None:
+        return "--rl-on-policy-target computes its own bfloat16 log-probabilities"
+    if server_args.sampling_backend == "ascend":
+        return "the ascend sampling backend hides its probabilities (--sampling-backend)"
+    if environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "").lower() in ("1", "true", "yes"):
+        return "SGLANG_RETURN_ORIGINAL_LOGPROB reports log-probabilities at temperature 1"
+    return None
+
+
+# --- the request's way through the tokenizer manager -------------------------------------------
+
+
+def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters with `annealing` and `rollout` checked and moved to `custom_params`.
+
+    Returns `params` itself when neither is asked for, else a copy. Raises AnnealingError.
+    `annealing: null` and `rollout: false` ask for nothing.
+    """
+    if ANNEALING not in params and ROLLOUT not in params:
+        return params
+    params = dict(params)
+    schedule, rollout = params.pop(ANNEALING, None), params.pop(ROLLOUT, False)
+    asked: dict[str, Any] = {}
+    if schedule is not None:
+        check_sampling(params)
+        asked[ANNEALING] = parse_annealing(schedule).model_dump()
+        params["temperature"] = 1.0  # or a model's generation_config would set another
+    if rollout is not None and check_rollout(rollout) is not False:
+        asked[ROLLOUT] = rollout
+    if asked:
+        params["custom_params"] = {**(params.get("custom_params") or {}), **asked}
+    return params
+
+
+def generate_request(
+    original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    """AROUND TokenizerManager.generate_request, which every route and Engine.generate go through.
+
+    Requests that ask for nothing get the original iterator. `obj` is a GenerateReqInput (or an
+    EmbeddingReqInput, which is left alone) whose sampling_params is a dict, or one per prompt.
+    """
+    params = getattr(obj, "sampling_params", None)
+    each = params if isinstance(params, list) else [params or {}]
+    if not hasattr(obj, "return_logprob") or not all(isinstance(p, dict) for p in each):
+        return original(manager, obj, request)
+    each = [_with_step(into_custom_params(p), manager) for p in each]
+    if not any(_asks(p) for p in each):
+        return original(manager, obj, request)
+    obj.sampling_params = each if isinstance(params, list) else each[0]
+    if observe_items.get() is not None:
+        obj.return_prompt_token_ids = True
+    return _marked(original(manager, obj, request), manager, obj, each)
+
+
+async def _marked(
+    items: Any, manager: Any, obj: Any, each: list[dict[str, Any]]
+) -> AsyncIterator[Any]:
+    """The same items, their meta_info saying which schedule and which cuts were applied."""
+    markers = [_markers(p, manager) for p in each]
+    observe = observe_items.get()
+    async with aclosing(items):
+        async for item in items:
+            for index, answer in _answers(item):
+                prompt = index // (getattr(obj, "parallel_sample_num", 1) or 1)
+                marker = markers[prompt if len(markers) > 1 else 0]
+                if "temperatures" in answer["meta_info"]:
+                    answer["meta_info"].update(marker)
+                if observe is not None:
+                    observe({**answer, "index": index})
+            yield item
+
+
+def _answers(item: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(choice index, answer) of what generate_request yields: one answer, or all of a batch."""
+    if isinstance(item, list):
+        yield from enumerate(item)
+    else:
+        yield item.get("index") or 0, item
+
+
+def _asks(params: dict[str, Any]) -> bool:
+    custom = params.get("custom_params") or {}
+    return bool(custom.get(ANNEALING) or custom.get(ROLLOUT))
+
+
+def _with_step(params: dict[str, Any], manager: Any) -> dict[str, Any]:
+    """A schedule without a training step gets the number of weight updates so far."""
+    custom = params.get("custom_params") or {}
+    schedule = custom.get(ANNEALING)
+    if not isinstance(schedule, dict) or schedule.get("step") is not None:
+        return params
+    schedule = {**schedule, "step": getattr(manager, WEIGHT_UPDATES, 0)}
+    return {**params, "custom_params": {**custom, ANNEALING: schedule}}
+
+
+def _markers(params: dict[str, Any], manager: Any) -> dict[str, Any]:
+    """`annealing`: the schedule in full, or None; `sampling`: the cuts that were in effect."""
+    schedule = (params.get("custom_params") or {}).get(ANNEALING)
+    effective = {**(manager.preferred_sampling_params or {}), **params}
+    top_k = effective.get("top_k")
+    return {
+        ANNEALING: schedule and parse_annealing(schedule).model_dump(),
+        SAMPLING: {
+            "top_p": _number(effective.get("top_p"), 1.0),
+            "top_k": -1 if top_k in (None, TOP_K_ALL) else top_k,
+            "min_p": _number(effective.get("min_p"), 0.0),
+        },
+    }
+
+
+def _number(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def drop_empty_columns(
+    original: Callable[..., None], manager: Any, meta_info: dict[str, Any], *args: Any, **kw: Any
+) -> None:
+    """AROUND TokenizerManager.update_request_meta_info.
+
+    Once one request of a payload has our columns, SGLang gives every other request in it columns
+    of None: an answer that did not ask must not grow fields.
+    """
+    before = set(meta_info)
+    original(manager, meta_info, *args, **kw)
+    for key in set(meta_info) - before:
+        values = meta_info[key]
+        if isinstance(values, list) and values and all(value is None for value in values):
+            del meta_info[key]
+
+
+# --- the server's own training step ------------------------------------------------------------
+
+WEIGHT_UPDATES = "ead_weight_updates"  # attribute of TokenizerManager: int
+
+
+async def count_weight_update(
+    original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND the TokenizerManager calls that complete one update of the weights.
+
+    Their results are (success, message, ...). The count is the training step of schedules whose
+    request names none.
+    """
+    result = await original(manager, *args, **kwargs)
+    if result[0]:
+        setattr(manager, WEIGHT_UPDATES, getattr(manager, WEIGHT_UPDATES, 0) + 1)
+    return result

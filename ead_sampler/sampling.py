@@ -1,0 +1,233 @@
+"""What happens inside SGLang's scheduler process: set the temperatures, record what was sampled.
+
+Every function here is called by a hook that `ead_sampler.plugin` lists. An exception in this
+process kills the whole server, so requests are checked in the tokenizer process
+(`ead_sampler.requests`) and nothing here raises on a request's account.
+
+Legend: B = rows of the batch, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ead_sampler.requests import ANNEALING, ROLLOUT
+from ead_sampler.rows import AnnealedRows, RowRequest
+from ead_sampler.schedule import AnnealingError, parse_annealing
+
+logger = logging.getLogger(__name__)
+
+ROWS = "ead_rows"  # attribute of SamplingBatchInfo: AnnealedRows or absent
+REQUEST = "ead_request"  # attribute of Req: RowRequest or None
+MODEL_LOGITS = "ead_model_logits"  # attribute of SamplingBatchInfo during one step: float32 [B, V]
+
+# Names of the recorded columns, as they appear in `meta_info` and in every answer.
+COLUMNS = ("temperatures", "logprobs", "model_logprobs")
+ENTROPIES = "entropies"
+
+
+# --- the rows follow the batch -------------------------------------------------------------
+
+
+def build_rows(result: None, info: Any, batch: Any, vocab_size: int) -> None:
+    """AFTER SamplingBatchInfo.adjusted_from_schedule_batch."""
+    requests = [_asked_of(req) for req in batch.reqs]
+    setattr(info, ROWS, AnnealedRows.build(requests, info.device))
+
+
+def filter_rows(result: None, info: Any, keep: list[int], keep_device: Tensor) -> None:
+    """AFTER SamplingBatchInfo.adjusted_filter_batch."""
+    rows = getattr(info, ROWS, None)
+    if rows is not None:
+        setattr(info, ROWS, rows.filter(keep, keep_device))
+
+
+def merge_rows(result: None, info: Any, other: Any) -> None:
+    """AFTER SamplingBatchInfo.adjusted_merge_batch: `info` already has the rows of both."""
+    num_right = len(other)
+    left, right = getattr(info, ROWS, None), getattr(other, ROWS, None)
+    setattr(info, ROWS, AnnealedRows.merge(left, right, len(info) - num_right, num_right))
+
+
+def keep_rows(result: Any, info: Any) -> None:
+    """AFTER SamplingBatchInfo.copy_for_forward, whose dataclasses.replace drops our attribute."""
+    setattr(result, ROWS, getattr(info, ROWS, None))
+
+
+def _asked_of(req: Any) -> RowRequest | None:
+    """What a SGLang request asks for, worked out once in its life; mostly None."""
+    if not hasattr(req, REQUEST):
+        setattr(req, REQUEST, _row_request(req))
+    return getattr(req, REQUEST)
+
+
+def _row_request(req: Any) -> RowRequest | None:
+    custom = req.sampling_params.custom_params
+    if not isinstance(custom, dict) or not (ANNEALING in custom or ROLLOUT in custom):
+        return None
+    raw, rollout = custom.get(ANNEALING), custom.get(ROLLOUT)
+    try:
+        annealing = None if raw is None else parse_annealing(raw)
+    except AnnealingError:
+        # Only a request that went around the tokenizer process can get here. It is left without
+        # arrays, and so without the marker of an honoured schedule, which clients insist on.
+        logger.exception("request %s: unchecked schedule, not annealed", req.rid)
+        return None
+    return RowRequest(
+        num_prompt_tokens=len(req.origin_input_ids),
+        annealing=annealing,
+        entropies=isinstance(rollout, dict) and bool(rollout.get(ENTROPIES)),
+    )
+
+
+# --- one step of the sampler ---------------------------------------------------------------
+
+
+def keep_model_logits(
+    runner: Any, logits_output: Any, info: Any, *args: Any, **kwargs: Any
+) -> None:
+    """BEFORE ModelRunner._preprocess_logits, which adds penalties, bias and grammar masks.
+
+    The sampler then overwrites the logits in place, so what the model said is copied first.
+    """
+    if getattr(info, ROWS, None) is not None:
+        setattr(info, MODEL_LOGITS, logits_output.next_token_logits.float().clone())
+
+
+def sample(
+    original: Callable[..., Tensor],
+    sampler: Any,
+    logits_output: Any,
+    info: Any,
+    return_logprob: bool,
+    top_logprobs_nums: list[int],
+    token_ids_logprobs: list[list[int]],
+    positions: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """AROUND Sampler.forward: sample every row at its temperature now, and record how.
+
+    Returns the sampled token ids, int [B]. The recorded values leave through SGLang's auxiliary
+    output, which copies them to the host with its own asynchronous copy.
+    """
+    rows: AnnealedRows | None = getattr(info, ROWS, None)
+    arguments = (logits_output, info, return_logprob, top_logprobs_nums, token_ids_logprobs)
+    if rows is None:
+        return original(sampler, *arguments, positions, **kwargs)
+
+    fixed = info.temperatures
+    info.temperatures = rows.temperatures(positions, fixed)
+    try:
+        token_ids = original(sampler, *arguments, positions, **kwargs)
+        values = _sampled_values(logits_output.next_token_logits, token_ids, info, rows)
+    finally:
+        info.temperatures = fixed
+
+    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+
+    logits_output.auxiliary_device_output = append_auxiliary_output(
+        logits_output.auxiliary_device_output, SampledOnDevice(values)
+    )
+    return token_ids
+
+
+def _sampled_values(sampled: Tensor, token_ids: Tensor, info: Any, rows: AnnealedRows) -> Tensor:
+    """float32 [B, 4] on the device: temperature, behaviour and model log-probability, entropy.
+
+    sampled: [B, V], what SGLang's sampler left behind: probabilities at tau (it computes softmax
+    in place), or untouched logits when the whole batch is greedy.
+    """
+    model_logits = vars(info).pop(MODEL_LOGITS)
+    chosen = token_ids.to(torch.int64).view(-1, 1)
+    log_normaliser = torch.logsumexp(model_logits, dim=-1)
+    model_logprobs = model_logits.gather(1, chosen).squeeze(1) - log_normaliser
+
+    temperatures = info.temperatures.view(-1)
+    if info.is_all_greedy:
+        logprobs = torch.zeros_like(temperatures)
+    else:
+        logprobs = sampled.gather(1, chosen).squeeze(1).float().log()
+        if info.need_top_p_sampling or info.need_top_k_sampling or info.need_min_p_sampling:
+            kept = kept_mass(
+                sampled, info.top_ks, info.top_ps, info.min_ps, renormalised=_renormalises(info)
+            )
+            logprobs = logprobs - kept.log()
+    if info.is_any_greedy:  # greedy is the limit tau -> 0: one token, with probability 1
+        greedy = info.top_ks <= 1
+        temperatures = torch.where(greedy, 0.0, temperatures)
+        logprobs = torch.where(greedy, 0.0, logprobs)
+
+    if rows.wants_entropies:
+        entropies = torch.special.entr(torch.softmax(model_logits, dim=-1)).sum(-1)
+    else:
+        entropies = torch.zeros_like(temperatures)
+    return torch.stack([temperatures, logprobs, model_logprobs, entropies], dim=1)
+
+
+def kept_mass(
+    probs: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, *, renormalised: bool = False
+) -> Tensor:
+    """Total probability of the tokens that SGLang's sampler keeps: [B, V] -> [B].
+
+    Kept are the first top_k tokens in order of probability, as long as the tokens before them
+    sum to at most top_p, and of those the ones with at least min_p times the highest probability.
+    renormalised: top_p counts within what top_k left, rather than within the whole vocabulary.
+    """
+    ordered = probs.sort(dim=-1, descending=True).values
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = torch.arange(ordered.shape[-1], device=probs.device) < top_ks.view(-1, 1)
+    if renormalised:
+        before = before / (ordered * kept).sum(-1, keepdim=True)
+    kept &= before <= top_ps.view(-1, 1)
+    kept &= ordered >= ordered[:, :1] * min_ps.view(-1, 1)
+    return (ordered * kept).sum(-1)
+
+
+def _renormalises(info: Any) -> bool:
+    """Whether top_p is applied after renormalising over top_k: FlashInfer's path with min_p."""
+    from sglang.srt.runtime_context import get_exec
+
+    return info.need_min_p_sampling and get_exec().kernel.sampling_backend == "flashinfer"
+
+
+# --- values to the host, and to the requests -----------------------------------------------
+
+
+class SampledOnDevice:
+    """One step's values on the device (SGLang's DeviceAuxiliaryOutput)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> SampledOnHost:
+        return SampledOnHost(copy_tensor(self.values))
+
+
+class SampledOnHost:
+    """One step's values on the host (SGLang's HostAuxiliaryOutput)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Append to each request the values of the token just committed to it.
+
+        `commits[i].output_index` is that token's index: cutting the lists there keeps them right
+        when SGLang generates a token again (a retracted request with input embeddings).
+        """
+        for req, commit, row in zip(batch.reqs, commits, self.values.tolist(), strict=True):
+            asked = _asked_of(req) if commit is not None else None
+            if asked is None:
+                continue
+            if req.customized_info is None:
+                req.customized_info = {}
+            columns = (*COLUMNS, ENTROPIES) if asked.entropies else COLUMNS
+            for name, value in zip(columns, row, strict=False):
+                column = req.customized_info.setdefault(name, [])
+                del column[commit.output_index :]
+                column.append(value)

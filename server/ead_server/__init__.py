@@ -1,0 +1,1 @@
+"""What the extended SGLang process offers over HTTP, and the `ead` command line."""
