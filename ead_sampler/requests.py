@@ -19,6 +19,9 @@ from ead_sampler.schedule import AnnealingError, parse_annealing
 ANNEALING = "annealing"
 ROLLOUT = "rollout"
 SAMPLING = "sampling"
+# What the sampler records of every token, under these names in `meta_info` and in every answer.
+COLUMNS = ("temperatures", "logprobs", "model_logprobs")
+ENTROPIES = "entropies"
 MARKERS = (ANNEALING, SAMPLING)  # added to meta_info of every answer that has the arrays
 
 TOP_K_ALL = 1 << 30  # SGLang's "no top_k"
@@ -160,7 +163,7 @@ async def _marked(
             for index, answer in _answers(item):
                 prompt = index // (getattr(obj, "parallel_sample_num", 1) or 1)
                 marker = markers[prompt if len(markers) > 1 else 0]
-                if "temperatures" in answer["meta_info"]:
+                if COLUMNS[0] in answer["meta_info"]:
                     answer["meta_info"].update(marker)
                 if observe is not None:
                     observe({**answer, "index": index})
@@ -217,12 +220,10 @@ def drop_empty_columns(
     Once one request of a payload has our columns, SGLang gives every other request in it columns
     of None: an answer that did not ask must not grow fields.
     """
-    before = set(meta_info)
     original(manager, meta_info, *args, **kw)
-    for key in set(meta_info) - before:
-        values = meta_info[key]
-        if isinstance(values, list) and values and all(value is None for value in values):
-            del meta_info[key]
+    for name in (*COLUMNS, ENTROPIES):
+        if all(value is None for value in meta_info.get(name, ())):
+            meta_info.pop(name, None)
 
 
 # --- the server's own training step ------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ead_sampler.requests import ANNEALING, ROLLOUT
+from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT
 from ead_sampler.rows import AnnealedRows, RowRequest
 from ead_sampler.schedule import AnnealingError, parse_annealing
 
@@ -25,10 +25,6 @@ logger = logging.getLogger(__name__)
 ROWS = "ead_rows"  # attribute of SamplingBatchInfo: AnnealedRows or absent
 REQUEST = "ead_request"  # attribute of Req: RowRequest or None
 MODEL_LOGITS = "ead_model_logits"  # attribute of SamplingBatchInfo during one step: float32 [B, V]
-
-# Names of the recorded columns, as they appear in `meta_info` and in every answer.
-COLUMNS = ("temperatures", "logprobs", "model_logprobs")
-ENTROPIES = "entropies"
 
 
 # --- the rows follow the batch -------------------------------------------------------------

@@ -82,7 +82,7 @@ class Annealing(BaseModel):
         return min(self.decay + self.decay_growth * (self.step or 0), self.decay_cap)
 
     def temperatures(self, positions: torch.Tensor) -> torch.Tensor:
-        """tau at `positions` (t counted from this request's first token): int [N] -> float64 [N]."""
+        """tau at `positions`, t counted from the request's first token: int [N] -> float64 [N]."""
         rows = torch.tensor([self.parameters()], dtype=torch.float64, device=positions.device)
         offset = positions + self.position_offset
         return ead_temperatures(offset, rows.expand(len(positions), -1))

@@ -1,0 +1,37 @@
+"""A light client for annealed rollouts: httpx, pydantic and numpy, no torch and no sglang.
+
+with Client("http://127.0.0.1:30000") as client:
+    answer = client.chat([{"role": "user", "content": "2+3?"}], annealing={"step": 0})
+    print(answer.choices[0].text, answer.choices[0].rollout.temperatures)
+"""
+
+from ead_client._client import AsyncClient, Client
+from ead_client._errors import (
+    ApiError,
+    ConnectionFailed,
+    EadError,
+    MalformedAnswer,
+    RequestRefused,
+    ScheduleIgnored,
+    ServerUnavailable,
+    TimedOut,
+)
+from ead_client._types import AnnealingDict, Answer, Choice, Chunk, Rollout
+
+__all__ = [
+    "AnnealingDict",
+    "Answer",
+    "ApiError",
+    "AsyncClient",
+    "Choice",
+    "Chunk",
+    "Client",
+    "ConnectionFailed",
+    "EadError",
+    "MalformedAnswer",
+    "RequestRefused",
+    "Rollout",
+    "ScheduleIgnored",
+    "ServerUnavailable",
+    "TimedOut",
+]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ead_sampler.requests import MARKERS
-from ead_sampler.sampling import COLUMNS, ENTROPIES
+from ead_sampler.requests import COLUMNS, ENTROPIES, MARKERS
 
 Json = dict[str, Any]
 

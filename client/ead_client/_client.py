@@ -1,0 +1,387 @@
+"""The clients. `_Calls` says what is sent and what an answer means; the rest is transport."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from ead_client._errors import (
+    ApiError,
+    ConnectionFailed,
+    EadError,
+    MalformedAnswer,
+    RequestRefused,
+    ScheduleIgnored,
+    ServerUnavailable,
+    TimedOut,
+)
+from ead_client._types import AnnealingDict, Answer, Chunk
+
+Json = dict[str, Any]
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+AnswerT = TypeVar("AnswerT", Answer, Chunk)
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # seconds; a long answer takes minutes
+_RETRIED_STATUS = frozenset({429, 502, 503, 504})
+
+
+class _Calls:
+    """What both clients share; no input or output."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None,
+        timeout: httpx.Timeout | float,
+        retries: int,
+        model: str,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.model = model
+        self._retries = retries
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._options: Json = {"base_url": self.base_url, "timeout": timeout, "headers": headers}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_url!r})"  # never the key
+
+    def _body(
+        self,
+        annealing: AnnealingDict | Mapping[str, Any] | None,
+        rollout: bool | Mapping[str, bool],
+        fields: Json,
+    ) -> Json:
+        body = {"model": self.model, **fields}
+        if annealing is not None:
+            body["annealing"] = dict(annealing)
+        if rollout:
+            body["rollout"] = rollout if isinstance(rollout, bool) else dict(rollout)
+        return body
+
+    def _wait_before(self, attempt: int) -> float:
+        """Seconds before try number `attempt` (1 = the first retry): doubling, with jitter."""
+        return min(0.25 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
+
+    def _may_retry(self, error: EadError, attempt: int, *, repeatable: bool) -> bool:
+        """Whether sending again is safe: a call that changes nothing, one that never arrived
+        (a refused connection), or one that the server refused to start."""
+        if attempt >= self._retries:
+            return False
+        if isinstance(error, ConnectionFailed):
+            return repeatable or isinstance(error.__cause__, httpx.ConnectError)
+        if isinstance(error, TimedOut):
+            return repeatable or isinstance(error.__cause__, httpx.ConnectTimeout)
+        return isinstance(error, ApiError) and error.status in _RETRIED_STATUS
+
+
+def _check_status(response: httpx.Response) -> None:
+    """Raise ApiError for an error answer, whose body has been read."""
+    if response.status_code < 400:
+        return
+    error: Any = response.text
+    with contextlib.suppress(ValueError):
+        error = json.loads(response.text)
+    if isinstance(error, dict):
+        error = error.get("error", error)
+    if not isinstance(error, dict):
+        error = {"message": str(error)}
+    unavailable = response.status_code >= 500 or response.status_code == 429
+    kind = ServerUnavailable if unavailable else RequestRefused
+    raise kind(
+        response.status_code,
+        str(error.get("message") or error)[:2000],
+        param=error.get("param"),
+        kind=error.get("type"),
+    )
+
+
+def _transport_error(error: httpx.HTTPError) -> EadError:
+    if isinstance(error, httpx.TimeoutException):
+        return TimedOut(f"{type(error).__name__}: {error}")
+    return ConnectionFailed(f"{type(error).__name__}: {error}")
+
+
+def _parse(kind: type[AnswerT], text: str) -> AnswerT:
+    try:
+        return kind.model_validate(json.loads(text))
+    except (ValidationError, ValueError, AttributeError, TypeError) as error:
+        raise MalformedAnswer(f"not a {kind.__name__.lower()}: {error}") from error
+
+
+def _checked_answer(body: Json, response: httpx.Response) -> Answer:
+    """The answer, which must show that the schedule was honoured where one was asked for."""
+    answer = _parse(Answer, response.text)
+    asked = "annealing" in body or "rollout" in body
+    for choice in answer.choices if asked else ():
+        _check_marker(
+            body,
+            choice.rollout is not None and choice.rollout.annealing is not None,
+            choice.rollout is not None,
+        )
+    return answer
+
+
+def _check_marker(body: Json, annealed: bool, recorded: bool) -> None:
+    if "annealing" in body and not annealed:
+        raise ScheduleIgnored("asked for annealing, and the answer does not say it was applied")
+    if "rollout" in body and not recorded:
+        raise ScheduleIgnored("asked for a rollout, and the answer carries none")
+
+
+class _StreamCheck:
+    """Reads server-sent events into chunks, and checks the marker at the end of each choice."""
+
+    def __init__(self, body: Json) -> None:
+        self._body = body
+        self._annealed: set[int] = set()
+        self._recorded: set[int] = set()
+
+    def chunk(self, line: str) -> Chunk | None:
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            return None
+        data = line[len("data: ") :]
+        if data.startswith('{"error"'):
+            error = json.loads(data)["error"]
+            raise ServerUnavailable(500, str(error.get("message")), kind=error.get("type"))
+        chunk = _parse(Chunk, data)
+        for choice in chunk.choices:
+            if choice.rollout is not None:
+                self._recorded.add(choice.index)
+                if choice.rollout.annealing is not None:
+                    self._annealed.add(choice.index)
+            if choice.finish_reason is not None:
+                _check_marker(
+                    self._body, choice.index in self._annealed, choice.index in self._recorded
+                )
+        return chunk
+
+
+class Client(_Calls):
+    """Synchronous client. Use as a context manager, or call `close`.
+
+    timeout: seconds or httpx.Timeout. retries: further tries, with growing pauses, of what is
+    safe to send again: reads, and calls that the server never began. model: as served.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:30000",
+        *,
+        api_key: str | None = None,
+        timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        retries: int = 3,
+        model: str = "default",
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, api_key=api_key, timeout=timeout, retries=retries, model=model)
+        self._http = httpx.Client(transport=transport, **self._options)
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> Answer:
+        """One chat request; `fields` are OpenAI's (n, max_tokens, stop, ...).
+
+        Raises ScheduleIgnored when the answer does not show the schedule, RequestRefused for a
+        bad field, and the other errors of `ead_client`.
+        """
+        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        return _checked_answer(body, self.request("POST", CHAT, body))
+
+    def complete(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> Answer:
+        """Continue one or several prompts, each a text or token ids; n of each, in order."""
+        body = self._body(annealing, rollout, {"prompt": prompt, **fields})
+        return _checked_answer(body, self.request("POST", COMPLETIONS, body))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> Iterator[Chunk]:
+        """The answer piece by piece; leaving the iteration ends the generation."""
+        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        check = _StreamCheck(body)
+        try:
+            with self._http.stream("POST", CHAT, json={**body, "stream": True}) as response:
+                if response.status_code >= 400:
+                    response.read()
+                _check_status(response)
+                for line in response.iter_lines():
+                    chunk = check.chunk(line)
+                    if chunk is not None:
+                        yield chunk
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+
+    def request(
+        self, method: str, path: str, body: Json | None = None, *, repeatable: bool | None = None
+    ) -> httpx.Response:
+        """Any route of the server. Raises EadError; see `retries`.
+
+        repeatable: whether doing it twice is harmless (default: for GET).
+        """
+        repeatable = method == "GET" if repeatable is None else repeatable
+        attempt = 0
+        while True:
+            try:
+                try:
+                    response = self._http.request(method, path, json=body)
+                except httpx.HTTPError as error:
+                    raise _transport_error(error) from error
+                _check_status(response)
+                return response
+            except EadError as error:
+                if not self._may_retry(error, attempt, repeatable=repeatable):
+                    raise
+            attempt += 1
+            time.sleep(self._wait_before(attempt))
+
+    def model_info(self) -> Json:
+        """SGLang's /model_info: the model's path and the weight version now served."""
+        info: Json = self.request("GET", "/model_info").json()
+        return info
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncClient(_Calls):
+    """Asynchronous client: the same calls as `Client`, awaited."""
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:30000",
+        *,
+        api_key: str | None = None,
+        timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        retries: int = 3,
+        model: str = "default",
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, api_key=api_key, timeout=timeout, retries=retries, model=model)
+        self._http = httpx.AsyncClient(transport=transport, **self._options)
+
+    async def chat(
+        self,
+        messages: Messages,
+        *,
+        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> Answer:
+        """See Client.chat."""
+        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        return _checked_answer(body, await self.request("POST", CHAT, body))
+
+    async def complete(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> Answer:
+        """See Client.complete."""
+        body = self._body(annealing, rollout, {"prompt": prompt, **fields})
+        return _checked_answer(body, await self.request("POST", COMPLETIONS, body))
+
+    async def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> AsyncIterator[Chunk]:
+        """See Client.stream_chat."""
+        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        check = _StreamCheck(body)
+        try:
+            stream = self._http.stream("POST", CHAT, json={**body, "stream": True})
+            async with stream as response:
+                if response.status_code >= 400:
+                    await response.aread()
+                _check_status(response)
+                async for line in response.aiter_lines():
+                    chunk = check.chunk(line)
+                    if chunk is not None:
+                        yield chunk
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+
+    async def request(
+        self, method: str, path: str, body: Json | None = None, *, repeatable: bool | None = None
+    ) -> httpx.Response:
+        """See Client.request."""
+        repeatable = method == "GET" if repeatable is None else repeatable
+        attempt = 0
+        while True:
+            try:
+                try:
+                    response = await self._http.request(method, path, json=body)
+                except httpx.HTTPError as error:
+                    raise _transport_error(error) from error
+                _check_status(response)
+                return response
+            except EadError as error:
+                if not self._may_retry(error, attempt, repeatable=repeatable):
+                    raise
+            attempt += 1
+            await asyncio.sleep(self._wait_before(attempt))
+
+    async def model_info(self) -> Json:
+        """See Client.model_info."""
+        info: Json = (await self.request("GET", "/model_info")).json()
+        return info
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,100 @@
+"""Typed answers. Arrays are one-dimensional, one entry per generated token (T)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class AnnealingDict(TypedDict, total=False):
+    """The `annealing` object of a request. The server checks it and reports what it applied."""
+
+    schedule: Literal["ead"]
+    preset: Literal["recipe", "paper"] | None
+    tau_max: float
+    tau_min: float
+    decay: float  # tokens
+    decay_growth: float  # tokens per training step
+    decay_cap: float  # tokens
+    warmup: int  # tokens at temperature 1
+    step: int | None
+    position_offset: int  # tokens
+
+
+def _floats(values: Any) -> Any:
+    return np.asarray(values, dtype=np.float32)
+
+
+def _ints(values: Any) -> Any:
+    return np.asarray(values, dtype=np.int64)
+
+
+Floats = Annotated[NDArray[np.float32], BeforeValidator(_floats)]
+Ints = Annotated[NDArray[np.int64], BeforeValidator(_ints)]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="ignore")
+
+
+class Rollout(_Answer):
+    """What a trainer needs to know of one answer. All arrays have the same length T."""
+
+    token_ids: Ints  # as sampled
+    temperatures: Floats  # tau_t that divided the logits
+    logprobs: Floats  # log mu_t: under the distribution really sampled from
+    model_logprobs: Floats  # log pi: the model's own, at temperature 1
+    entropies: Floats | None = None  # of pi, nats; with rollout={"entropies": True}
+    prompt_token_ids: Ints | None = None
+    annealing: dict[str, Any] | None = None  # the schedule as applied, with its step
+    sampling: dict[str, float] | None = None  # top_p, top_k, min_p in effect
+    finish_reason: str | None = None
+    weight_version: str | None = None
+    weight_versions: list[dict[str, Any]] | None = None  # by range of tokens
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Rollout:
+        columns = (self.temperatures, self.logprobs, self.model_logprobs, self.entropies)
+        lengths = {len(column) for column in columns if column is not None}
+        if lengths != {len(self.token_ids)}:
+            raise ValueError(f"{len(self.token_ids)} tokens with columns of lengths {lengths}")
+        return self
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+class Choice(_Answer):
+    """One generated answer."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    rollout: Rollout | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_openai(cls, raw: Any) -> Any:
+        """Chat answers carry the text in a message, or, streamed, in a delta."""
+        message = raw.get("message") or raw.get("delta")
+        if isinstance(message, dict):
+            raw = {**raw, "text": message.get("content") or ""}
+        return raw
+
+
+class Answer(_Answer):
+    """All choices of one call, in the order of their index: prompt by prompt, n of each."""
+
+    id: str
+    model: str
+    choices: list[Choice]
+    usage: dict[str, Any] | None = None
+
+
+class Chunk(Answer):
+    """One piece of a streamed answer: new text, and the columns of the new tokens."""
+
+    choices: list[Choice] = Field(default_factory=list)

@@ -1,0 +1,66 @@
+"""One real SGLang server on a tiny random model for the whole run, and what tests ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tiny_model
+
+from ead_client import Client
+from ead_sampler import device
+from ead_server.process import ServerProcess
+
+device.choose()  # before anything imports transformers, see ead_sampler/device.py
+
+# float32, so that a Hugging Face forward of the same weights agrees to many digits
+TINY_FLAGS = ("--dtype", "float32", "--max-total-tokens", "65536", "--random-seed", "7")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The extended server, with overlap scheduling on (SGLang's default)."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with ServerProcess(["--model-path", str(tiny_model), *TINY_FLAGS], log) as process:
+        process.wait_until_ready()
+        yield process
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.url, timeout=120) as client:
+        yield client
+
+
+class Reference:
+    """An independent forward pass: Hugging Face, float32 weights, float64 arithmetic after it."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+
+    @torch.no_grad()
+    def logits(self, prompt_ids: Any, answer_ids: Any) -> torch.Tensor:
+        """The logits that each answer token was sampled from: float64 [T, V]."""
+        ids = torch.tensor([[*prompt_ids, *answer_ids]])
+        return self.model(ids).logits[0, len(prompt_ids) - 1 : -1].double()
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_model: Path) -> Reference:
+    return Reference(tiny_model)
