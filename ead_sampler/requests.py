@@ -22,6 +22,7 @@ SAMPLING = "sampling"
 # What the sampler records of every token, under these names in `meta_info` and in every answer.
 COLUMNS = ("temperatures", "logprobs", "model_logprobs")
 ENTROPIES = "entropies"
+_RECORDED = (*COLUMNS, ENTROPIES)
 MARKERS = (ANNEALING, SAMPLING)  # added to meta_info of every answer that has the arrays
 
 TOP_K_ALL = 1 << 30  # SGLang's "no top_k"
@@ -213,17 +214,25 @@ def _number(value: float | None, default: float) -> float:
 
 
 def drop_empty_columns(
-    original: Callable[..., None], manager: Any, meta_info: dict[str, Any], *args: Any, **kw: Any
+    original: Callable[..., None],
+    manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: dict[str, list[Any]],
+    index: int,
+    finish_reason: dict[str, Any] | None,
 ) -> None:
     """AROUND TokenizerManager.update_request_meta_info.
 
     Once one request of a payload has our columns, SGLang gives every other request in it columns
     of None: an answer that did not ask must not grow fields.
     """
-    original(manager, meta_info, *args, **kw)
-    for name in (*COLUMNS, ENTROPIES):
-        if all(value is None for value in meta_info.get(name, ())):
-            meta_info.pop(name, None)
+    wanted = {
+        name: values
+        for name, values in customized_info.items()
+        if name not in _RECORDED or any(value is not None for value in values[index] or ())
+    }
+    original(manager, meta_info, state, wanted, index, finish_reason)
 
 
 # --- the server's own training step ------------------------------------------------------------

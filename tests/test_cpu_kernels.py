@@ -51,11 +51,12 @@ def murmur3(seed: int, position: int, column: int) -> int:
 
 
 def hash_of(seeds: list[int], positions: list[int], columns: list[int]) -> torch.Tensor:
-    return torch.ops.sgl_kernel.murmur_hash32_cpu.default(
+    hashed: torch.Tensor = torch.ops.sgl_kernel.murmur_hash32_cpu.default(
         torch.tensor(seeds, dtype=torch.uint64),
         torch.tensor(positions, dtype=torch.int64),
         torch.tensor(columns, dtype=torch.int64),
     )
+    return hashed
 
 
 @pytest.mark.parametrize(
@@ -237,9 +238,13 @@ def test_cache_slots_are_copied_in_every_buffer_even_when_they_overlap(data: st.
 
 
 @st.composite
-def trees(draw: st.DrawFn, nodes: int = 6) -> list[int]:
-    """The parent of each node; a parent has a smaller number, node 0 has none (-1)."""
-    return [-1, *(draw(st.integers(0, node - 1)) for node in range(1, nodes))]
+def trees(draw: st.DrawFn, nodes: int = 6, strays: bool = False) -> list[int]:
+    """The parent of each node; a parent has a smaller number, node 0 has none (-1).
+
+    With strays, other nodes may lack a parent too, as NGRAM's unused nodes do.
+    """
+    lowest = -1 if strays else 0
+    return [-1, *(draw(st.integers(lowest, node - 1)) for node in range(1, nodes))]
 
 
 def path_to_root(parents: list[int], node: int) -> list[int]:
@@ -267,7 +272,7 @@ def links(parents: list[int]) -> tuple[list[int], list[int]]:
 
 
 @settings(deadline=None)
-@given(batch=st.lists(trees(), min_size=1, max_size=3), data=st.data())
+@given(batch=st.lists(trees(strays=True), min_size=1, max_size=3), data=st.data())
 def test_tree_links_are_recovered_from_the_mask(
     batch: list[list[int]], data: st.DataObject
 ) -> None:

@@ -24,9 +24,9 @@ def murmur_hash32_cpu(
     seed = seed.to(torch.int64)  # 2^63 and above wrap around: the bits stay
     hashed = torch.zeros_like(seed)
     for block in (seed, seed >> 32, positions.to(torch.int64)):
-        hashed = _mix(hashed, _scramble(block & _LOW_32))
+        hashed = _mix(hashed, _scramble(block))
     # Only from here on do the columns matter: one [n, m] buffer, updated in place.
-    hashed = _mix(hashed[:, None], _scramble(col_indices & _LOW_32)[None, :])
+    hashed = _mix(hashed[:, None], _scramble(col_indices)[None, :])
     hashed.bitwise_xor_(16)  # the length of the hashed key, bytes
     hashed.bitwise_xor_(hashed >> 16).mul_(0x85EBCA6B).bitwise_and_(_LOW_32)
     hashed.bitwise_xor_(hashed >> 13).mul_(0xC2B2AE35).bitwise_and_(_LOW_32)
@@ -40,7 +40,7 @@ def _(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) ->
 
 
 def _scramble(block: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's preparation of a 32-bit block."""
+    """MurmurHash3's preparation of a block, the low 32 bits of an int64."""
     block = (block * 0xCC9E2D51) & _LOW_32
     return (_rotate_left(block, 15) * 0x1B873593) & _LOW_32
 

@@ -7,9 +7,9 @@ of `nms` itself still fails with torch's own message.
 
 Why a package that is found first, and not a line in some module of ours: transformers imports
 torchvision inside `import sglang`, and a spawned child of SGLang begins with `import sglang`. So
-in every process torchvision comes before `sgl_kernel`, before SGLang's plugins are loaded and
-before any function of ours can run. `sys.path` and PYTHONPATH are all that a child takes over, and
-unlike a `.pth` file or `sitecustomize` this touches no program that does not import torchvision.
+in every process torchvision comes before `sgl_kernel` and before SGLang's plugins are loaded.
+`sys.path` and PYTHONPATH are what a child surely takes over from its parent, and unlike a `.pth`
+file or `sitecustomize` this touches no program that does not import torchvision.
 """
 
 import importlib.machinery
