@@ -1,0 +1,210 @@
+"""`ead demo`: the whole path on one machine, in the open. Stops what it starts.
+
+Serve the embedded model, ask it one annealed question through the official OpenAI client, train a
+few GRPO steps against the same server, and draw what happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ead_server import models
+from ead_server.process import ServerProcess
+
+QUESTION = "Tell me one surprising fact about the sea, in one sentence."
+# The paper's numbers are sized for long mathematics; these anneal within forty tokens.
+CHAT_SCHEDULE = {"tau_max": 1.2, "tau_min": 0.1, "decay": 50.0, "warmup": 4, "step": 0}
+TRAIN_SCHEDULE = {"tau_max": 1.2, "tau_min": 0.3, "decay": 16.0, "decay_growth": 1.0, "warmup": 1}
+CHAT_TOKENS = 48
+CHAT_SAMPLES = 8
+
+
+def run(*, steps: int, out: Path, port: int) -> None:
+    """Everything, in order. Files go to `out`. Raises what fails, after stopping the server."""
+    console = Console()
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+
+    console.rule("[bold]1  Model and server")
+    model = models.pull()
+    with ServerProcess([], out / "server.log", port=port) as server:
+        with _waiting(console, "starting SGLang") as say:
+            server.wait_until_ready(progress=say)
+        console.print(f"serving SmolLM2-135M-Instruct at {server.url}, log in {server.log}")
+
+        console.rule("[bold]2  One annealed question, through the official openai client")
+        choices = _ask(console, server.url)
+
+        console.rule(f"[bold]3  {steps} GRPO steps against the same server")
+        _train(console, server.url, model, steps, out)
+        with _waiting(console, "stopping the server"):
+            server.stop()
+
+    picture = out / "annealing.png"
+    _draw([choice.rollout for choice in choices], picture)
+    console.rule("[bold]Done")
+    console.print(
+        f"{time.perf_counter() - started:.0f} s in all; the server is stopped.\n"
+        f"Picture: [bold]{picture}[/] (schedule, temperatures used, entropy by position)\n"
+        "Next:\n"
+        "  .venv/bin/ead serve                      # the same server, for your own requests\n"
+        "  curl http://127.0.0.1:30000/v1/chat/completions -H 'content-type: application/json' \\\n"
+        '    -d \'{"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}],\n'
+        '         "annealing": {"preset": "paper"}}\'\n'
+        "  .venv/bin/ead serve --model-path MODEL   # any other model; all SGLang flags pass"
+    )
+
+
+def _ask(console: Console, url: str) -> list[Any]:
+    """One chat request with several samples; shows the first."""
+    import openai
+
+    with _waiting(console, f"{CHAT_SAMPLES} samples of up to {CHAT_TOKENS} tokens"):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+        answer = client.chat.completions.create(
+            model="smollm2",
+            messages=[{"role": "user", "content": QUESTION}],
+            max_tokens=CHAT_TOKENS,
+            n=CHAT_SAMPLES,
+            logprobs=True,
+            extra_body={"annealing": CHAT_SCHEDULE, "rollout": {"entropies": True}},
+        )
+    entries: Any = answer.choices[0].logprobs and answer.choices[0].logprobs.content
+    console.print(f"[bold]{QUESTION}[/]")
+    text = Text()
+    for entry in entries:
+        text.append(entry.token, style=_colour(entry.temperature))
+    console.print(text, Text("   hot ", style=_colour(1.2)) + Text("to cool", style=_colour(0.1)))
+    table = Table("t", "token", "temperature", "logprob", "model logprob", title_justify="left")
+    shown = [*range(min(8, len(entries))), *range(max(8, len(entries) - 6), len(entries))]
+    for t in shown:
+        entry = entries[t]
+        table.add_row(
+            str(t),
+            Text(repr(entry.token), style=_colour(entry.temperature)),
+            f"{entry.temperature:.3f}",
+            f"{entry.logprob:.3f}",
+            f"{entry.model_logprob:.3f}",
+            end_section=t == 7,
+        )
+    console.print(table)
+    return list(answer.choices)
+
+
+def _train(console: Console, url: str, model: Path, steps: int, out: Path) -> None:
+    """GRPO on a verifiable task; one line of figures per step."""
+    import torch
+    from trainer_bridge.tasks import Task
+
+    from ead_client import Client
+    from trainer_bridge import GrpoConfig, GrpoTrainer, WeightPublisher, load_policy
+
+    with _waiting(console, "loading the policy"):
+        policy, tokenizer = load_policy(model)
+    config = GrpoConfig(annealing=TRAIN_SCHEDULE, max_new_tokens=16, learning_rate=2e-6)
+    columns = (
+        *("step", "reward", "groups with signal", "mean tau", "weight mean", "max", "capped"),
+        *("ESS", "server vs trainer", "weights", "seconds"),
+    )
+    table = Table(*columns)
+    with Client(url) as client:
+        publisher = WeightPublisher(client, out / "weights", dtype=torch.bfloat16)
+        trainer = GrpoTrainer(config, policy, tokenizer, Task(), client, publisher)
+        console.print(
+            f"{config.prompts_per_step} problems x {config.samples_per_prompt} answers a step, "
+            f"policy at temperature 1 trained with {config.loss.correction} "
+            f"(cap {config.loss.correction_cap}), AdamW {config.learning_rate:g}"
+        )
+        for step in range(steps):
+            with _waiting(console, f"step {step}") as say:
+                report = trainer.step(step, say)
+            loss = report.loss
+            table.add_row(
+                str(step),
+                f"{report.reward:.3f}",
+                f"{report.groups_with_signal:.0%}",
+                f"{report.temperature:.3f}",
+                f"{loss.weight_mean:.3f}",
+                f"{loss.weight_max:.2f}",
+                f"{loss.weight_capped:.1%}",
+                f"{loss.effective_sample_size:.3f}",
+                f"{report.mismatch:.4f}",
+                f"{report.rollout_version} -> {report.weight_version}",
+                " ".join(f"{phase} {s:.1f}" for phase, s in report.seconds.items()),
+            )
+    console.print(table)
+    console.print(
+        "reward: mean over answers (exact verifier). weight: min(pi_old / mu, cap) per token. "
+        "server vs trainer: mean |difference| of log pi, bfloat16 against float32, in nats."
+    )
+
+
+def _draw(rollouts: Sequence[dict[str, Any]], path: Path) -> None:
+    """The schedule with the temperatures used over it, and entropy by position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import torch
+
+    from ead_sampler import parse_annealing
+
+    length = max(len(rollout["temperatures"]) for rollout in rollouts)
+    t = np.arange(length)
+    schedule = parse_annealing(rollouts[0]["annealing"]).temperatures(torch.arange(length))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    upper.plot(t, schedule, color="0.75", linewidth=6, label="schedule (closed form)")
+    for index, rollout in enumerate(rollouts):
+        used = rollout["temperatures"]
+        label = "temperatures used by the sampler" if index == 0 else None
+        upper.plot(t[: len(used)], used, ".", color="tab:red", markersize=4, label=label)
+    upper.set(ylabel="temperature", title="Explore at the beginning, exploit at the end")
+    upper.legend()
+    for rollout in rollouts:
+        entropies = rollout["entropies"]
+        lower.plot(t[: len(entropies)], entropies, color="tab:blue", alpha=0.25, linewidth=1)
+    padded = np.full((len(rollouts), length), np.nan)
+    for row, rollout in zip(padded, rollouts, strict=True):
+        row[: len(rollout["entropies"])] = rollout["entropies"]
+    lower.plot(t, np.nanmean(padded, axis=0), color="tab:blue", linewidth=2, label="mean")
+    lower.set(xlabel="position t (generated tokens)", ylabel="entropy of the model (nats)")
+    lower.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _colour(temperature: float) -> str:
+    """Blue (cool) to red (hot), readable on light and dark."""
+    heat = min(max(temperature / 1.2, 0.0), 1.0)
+    return f"bold rgb({int(60 + 195 * heat)},{int(110 - 30 * heat)},{int(255 - 195 * heat)})"
+
+
+@contextmanager
+def _waiting(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the seconds gone; on no terminal, one line at the end."""
+    started = time.perf_counter()
+    if not console.is_terminal:
+        console.print(f"{what} ...")
+        yield lambda detail: None
+    else:
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[detail]}", table_column=None),
+            console=console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task(what, detail="")
+            yield lambda detail: progress.update(task, detail=detail[: console.width // 2])
+    console.print(f"[green]ok[/] {what}, {time.perf_counter() - started:.1f} s", highlight=False)

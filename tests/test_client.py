@@ -1,0 +1,287 @@
+"""The client's promises, on a transport that answers from a script. No server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+import ead_client
+from ead_client import (
+    AsyncClient,
+    Client,
+    ConnectionFailed,
+    MalformedAnswer,
+    RequestRefused,
+    ScheduleIgnored,
+    ServerUnavailable,
+    TimedOut,
+)
+
+ROLLOUT = {
+    "token_ids": [5, 6],
+    "temperatures": [1.0, 0.5],
+    "logprobs": [-1.0, -2.0],
+    "model_logprobs": [-1.0, -3.0],
+    "prompt_token_ids": [1],
+    "annealing": {"schedule": "ead", "step": 0},
+    "weight_version": "3",
+}
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def answer(**choice: Any) -> dict[str, Any]:
+    choices = [{"index": 0, "message": {"content": "ok"}, "finish_reason": "stop", **choice}]
+    return {"id": "a", "model": "m", "choices": choices}
+
+
+class Script:
+    """Answers each request with the next of its lines: a response, or an exception to raise."""
+
+    def __init__(self, *lines: Any) -> None:
+        self.lines = list(lines)
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        line = self.lines.pop(0)
+        if isinstance(line, Exception):
+            raise line
+        return line if isinstance(line, httpx.Response) else httpx.Response(200, json=line)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Client, Script]]:
+    """A client whose requests go to a Script, and which does not wait between tries."""
+    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt: 0.0)
+
+    def make(*lines: Any, **options: Any) -> tuple[Client, Script]:
+        lines_ = Script(*lines)
+        return Client("http://x", transport=httpx.MockTransport(lines_), **options), lines_
+
+    return make
+
+
+def test_a_rollout_arrives_as_numpy_arrays(script: Any) -> None:
+    client, sent = script(answer(rollout=ROLLOUT))
+    choice = client.chat(MESSAGES, annealing={"tau_max": 1.2}, n=1).choices[0]
+    assert choice.text == "ok"
+    rollout = choice.rollout
+    assert rollout.token_ids.dtype == np.int64
+    for name in ("temperatures", "logprobs", "model_logprobs"):
+        assert getattr(rollout, name).dtype == np.float32
+    assert rollout.model_logprobs.tolist() == [-1.0, -3.0]
+    assert rollout.entropies is None
+    assert len(rollout) == 2
+    body = json.loads(sent.requests[0].content)
+    assert body == {
+        "model": "default",
+        "messages": MESSAGES,
+        "n": 1,
+        "annealing": {"tau_max": 1.2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "choice"),
+    [
+        ({"annealing": {}}, {}),
+        ({"annealing": {}}, {"rollout": {**ROLLOUT, "annealing": None}}),
+        ({"rollout": True}, {}),
+    ],
+)
+def test_an_ignored_schedule_is_an_error(
+    script: Any, asked: dict[str, Any], choice: dict[str, Any]
+) -> None:
+    client, _ = script(answer(**choice))
+    with pytest.raises(ScheduleIgnored):
+        client.chat(MESSAGES, **asked)
+
+
+def test_a_plain_answer_needs_no_marker(script: Any) -> None:
+    client, _ = script(answer())
+    assert client.chat(MESSAGES).choices[0].rollout is None
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"choices": 3},
+        httpx.Response(200, text="<html>"),
+        answer(rollout={**ROLLOUT, "temperatures": [1.0]}),
+        answer(rollout={**ROLLOUT, "logprobs": ["x", "y"]}),
+    ],
+)
+def test_a_malformed_answer_is_its_own_error(script: Any, broken: Any) -> None:
+    client, _ = script(broken)
+    with pytest.raises(MalformedAnswer):
+        client.chat(MESSAGES, rollout=True)
+
+
+def error(status: int, **fields: Any) -> httpx.Response:
+    return httpx.Response(status, json={"error": {"message": "no", **fields}})
+
+
+def test_a_refusal_names_the_field_and_is_not_retried(script: Any) -> None:
+    client, sent = script(error(400, param="annealing.tau_max", type="invalid_request_error"))
+    with pytest.raises(RequestRefused) as caught:
+        client.chat(MESSAGES, annealing={"tau_max": 99})
+    assert (caught.value.status, caught.value.param) == (400, "annealing.tau_max")
+    assert len(sent.requests) == 1
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.status, again.message, again.param) == (400, "no", "annealing.tau_max")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [error(503), error(429), httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")],
+)
+def test_what_the_server_never_began_is_sent_again(script: Any, failure: Any) -> None:
+    client, sent = script(failure, failure, answer())
+    assert client.chat(MESSAGES).choices
+    assert len(sent.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (httpx.ReadTimeout("slow"), TimedOut),
+        (httpx.RemoteProtocolError("gone"), ConnectionFailed),
+        (error(500), ServerUnavailable),
+    ],
+)
+def test_a_call_that_may_have_run_is_not_sent_again(
+    script: Any, failure: Any, kind: type[Exception]
+) -> None:
+    client, sent = script(failure)
+    with pytest.raises(kind):
+        client.chat(MESSAGES)
+    assert len(sent.requests) == 1
+
+
+def test_reads_are_sent_again_whatever_happened(script: Any) -> None:
+    client, sent = script(httpx.ReadTimeout("slow"), {"weight_version": "4"})
+    assert client.model_info()["weight_version"] == "4"
+    assert len(sent.requests) == 2
+
+
+def test_tries_end(script: Any) -> None:
+    client, sent = script(*[error(503)] * 3, retries=2)
+    with pytest.raises(ServerUnavailable):
+        client.chat(MESSAGES)
+    assert len(sent.requests) == 3
+
+
+def test_pauses_grow_and_are_bounded() -> None:
+    client = Client("http://x")
+    for attempt in range(1, 12):
+        longest = min(0.25 * 2**attempt, 8.0)
+        assert longest / 2 <= client._wait_before(attempt) <= longest
+
+
+def test_every_transport_error_of_httpx_becomes_ours(script: Any) -> None:
+    def leaves(kind: type) -> list[type]:
+        below = kind.__subclasses__()
+        return [leaf for child in below for leaf in leaves(child)] if below else [kind]
+
+    kinds = leaves(httpx.TransportError)
+    assert len(kinds) > 8
+    for kind in kinds:
+        client, _ = script(kind("x"), retries=0)
+        with pytest.raises((ConnectionFailed, TimedOut)):
+            client.chat(MESSAGES)
+
+
+def stream(*chunks: Any) -> httpx.Response:
+    events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    headers = {"content-type": "text/event-stream"}
+    return httpx.Response(200, headers=headers, text="".join([*events, "data: [DONE]\n\n"]))
+
+
+def piece(text: str, **choice: Any) -> dict[str, Any]:
+    return {
+        "id": "a",
+        "model": "m",
+        "choices": [{"index": 0, "delta": {"content": text}, **choice}],
+    }
+
+
+def test_a_stream_gives_text_and_arrays_as_they_come(script: Any) -> None:
+    client, _ = script(
+        stream(
+            piece("a", rollout=ROLLOUT),
+            piece("b", finish_reason="stop"),
+            {"id": "a", "model": "m", "choices": []},
+        )
+    )
+    chunks = list(client.stream_chat(MESSAGES, annealing={}))
+    assert [c.text for chunk in chunks for c in chunk.choices] == ["a", "b"]
+    assert chunks[0].choices[0].rollout.temperatures.tolist() == [1.0, 0.5]
+
+
+def test_a_stream_without_the_marker_is_an_error(script: Any) -> None:
+    client, _ = script(stream(piece("a"), piece("b", finish_reason="stop")))
+    with pytest.raises(ScheduleIgnored):
+        list(client.stream_chat(MESSAGES, annealing={}))
+
+
+def test_errors_before_and_inside_a_stream(script: Any) -> None:
+    client, _ = script(error(400), stream({"error": {"message": "late"}}))
+    with pytest.raises(RequestRefused):
+        list(client.stream_chat(MESSAGES))
+    with pytest.raises(ServerUnavailable, match="late"):
+        list(client.stream_chat(MESSAGES))
+
+
+def test_the_async_client_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt: 0.0)
+    lines = Script(
+        error(503),
+        answer(rollout=ROLLOUT),
+        answer(),
+        stream(piece("a", rollout=ROLLOUT, finish_reason="stop")),
+        {"weight_version": "4"},
+    )
+
+    async def calls() -> None:
+        async with AsyncClient("http://x", transport=httpx.MockTransport(lines)) as client:
+            first = await client.chat(MESSAGES, annealing={})
+            assert first.choices[0].rollout is not None
+            with pytest.raises(ScheduleIgnored):
+                await client.complete("hi", rollout=True)
+            chunks = [chunk async for chunk in client.stream_chat(MESSAGES, annealing={})]
+            assert chunks[0].choices[0].text == "a"
+            assert (await client.model_info())["weight_version"] == "4"
+
+    asyncio.run(calls())
+    assert len(lines.requests) == 5
+
+
+def test_the_key_is_sent_and_never_shown() -> None:
+    lines = Script(answer())
+    client = Client("http://x", api_key="s3cret", transport=httpx.MockTransport(lines))
+    client.chat(MESSAGES)
+    assert lines.requests[0].headers["authorization"] == "Bearer s3cret"
+    assert "s3cret" not in repr(client)
+
+
+def test_public_names_are_complete_and_sorted() -> None:
+    assert ead_client.__all__ == sorted(ead_client.__all__)
+    assert all(hasattr(ead_client, name) for name in ead_client.__all__)
+
+
+def test_importing_the_client_loads_nothing_heavy() -> None:
+    code = "import sys, ead_client; print(*sys.modules)"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[0] for name in output.stdout.split()}
+    assert not loaded & {"torch", "sglang", "transformers", "fastapi", "ead_sampler"}
