@@ -28,7 +28,7 @@ venv: .venv/.ready ## everything into .venv (once)
 demo: venv ## serve, chat, train, and one picture of it
 	@$(BIN)/ead demo
 
-test: venv ## all tests, on a real server
+test: check ## format, lint and types, then all tests on a real server
 	@$(BIN)/python -m pytest
 
 check: venv ## format, lint, types
@@ -40,8 +40,8 @@ format: venv ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: venv ## the sampler's cost against plain SGLang
-	@$(BIN)/python -m benchmarks.sampler
+bench: venv ## the whole server's speed against plain SGLang
+	@$(BIN)/python -m benchmarks.decode
 
 clean: ## remove .venv
 	rm -rf .venv
