@@ -1,0 +1,91 @@
+"""The embedded real model, `ead serve` without --model-path.
+
+Served in float32, so that a Hugging Face forward of the same weights (float32 as well) must agree to
+1e-3 nats at every token; in bfloat16, SGLang and Hugging Face differ by 0.03 on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Reference
+from test_schedule import closed_form
+
+from ead_client import Client, Rollout
+from ead_sampler import parse_annealing
+from ead_server import models
+from ead_server.process import ServerProcess
+
+SCHEDULE = {"tau_max": 1.4, "tau_min": 0.4, "decay": 30.0, "warmup": 2, "step": 0}
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return models.pull()
+
+
+@pytest.fixture(scope="module")
+def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    flags = ["--dtype", "float32"]
+    with ServerProcess(flags, tmp_path_factory.mktemp("smollm2") / "server.log") as process:
+        process.wait_until_ready()
+        with Client(process.url, model="smollm2", timeout=300) as client:
+            yield client
+
+
+@pytest.fixture(scope="module")
+def rollouts(real: Client) -> list[Rollout]:
+    answer = real.chat(
+        [{"role": "user", "content": "Name three animals of the sea."}],
+        annealing=SCHEDULE,
+        rollout={"entropies": True},
+        n=4,
+        max_tokens=48,
+        ignore_eos=True,
+    )
+    return [choice.rollout for choice in answer.choices if choice.rollout is not None]
+
+
+def test_the_model_answers(real: Client) -> None:
+    answer = real.chat(
+        [{"role": "user", "content": "What is 2+3?"}], rollout=True, temperature=0, max_tokens=12
+    )
+    assert "5" in answer.choices[0].text
+    assert real.model_info()["model_path"].endswith("SmolLM2-135M-Instruct")
+
+
+def test_temperatures_follow_the_schedule_and_nothing_is_cut(rollouts: list[Rollout]) -> None:
+    schedule = parse_annealing(SCHEDULE)
+    want = [closed_form(t, schedule) for t in range(48)]
+    for rollout in rollouts:
+        assert np.abs(rollout.temperatures - want).max() < 1e-6
+        assert rollout.sampling == {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
+
+
+def test_log_probabilities_equal_a_hugging_face_forward(
+    smollm2: Path, rollouts: list[Rollout]
+) -> None:
+    reference = Reference(smollm2, torch.float32)
+    errors: dict[str, list[np.ndarray]] = {"model": [], "behaviour": [], "entropy": []}
+    shift = []
+    for rollout in rollouts:
+        logits = reference.logits(rollout.prompt_token_ids, rollout.token_ids)
+        tau = torch.from_numpy(rollout.temperatures).double().unsqueeze(1)
+        chosen = torch.from_numpy(rollout.token_ids).unsqueeze(1)
+        model = logits.log_softmax(-1)
+        behaviour = (logits / tau).log_softmax(-1).gather(1, chosen).squeeze(1).numpy()
+        at_one = model.gather(1, chosen).squeeze(1).numpy()
+        errors["model"].append(np.abs(rollout.model_logprobs - at_one))
+        errors["behaviour"].append(np.abs(rollout.logprobs - behaviour))
+        assert rollout.entropies is not None
+        entropies = -(model.exp() * model).sum(-1).numpy()
+        errors["entropy"].append(np.abs(rollout.entropies - entropies))
+        shift.append(np.abs(behaviour - at_one))
+    for name, values in errors.items():
+        together = np.concatenate(values)
+        assert together.max() < 1e-3, name
+    assert np.concatenate(shift).mean() > 0.1  # or the comparison would not see a temperature
