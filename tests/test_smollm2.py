@@ -1,7 +1,7 @@
 """The embedded real model, `ead serve` without --model-path.
 
-Served in float32, so that a Hugging Face forward of the same weights (float32 as well) must agree to
-1e-3 nats at every token; in bfloat16, SGLang and Hugging Face differ by 0.03 on average.
+Served in float32, so that a Hugging Face forward of the same weights (float32 as well) must agree
+to 1e-3 nats at every token; in bfloat16, SGLang and Hugging Face differ by 0.03 on average.
 """
 
 from __future__ import annotations

@@ -69,9 +69,7 @@ def _torchvision_lacks_operators() -> bool:
     import torch
 
     try:
-        torch.ops.load_library(  # type: ignore[no-untyped-call]
-            str(Path(spec.origin).with_name("_C.so"))
-        )
+        torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
     except OSError:
         return True
     return False

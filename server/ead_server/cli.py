@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +37,8 @@ def serve(context: typer.Context) -> None:
     """
     from ead_server.launch import serve as run
 
-    run(context.args)
+    with _said_plainly():
+        run(context.args)
 
 
 @app.command()
@@ -50,7 +53,8 @@ def demo(
     """
     from ead_server.demo import run
 
-    run(steps=steps, out=out, port=port)
+    with _said_plainly():
+        run(steps=steps, out=out, port=port)
 
 
 @models.command()
@@ -63,9 +67,19 @@ def pull(
     """
     from ead_server import models as library
 
-    try:
+    with _said_plainly():
         print(library.pull(name))
-    except library.ModelPullError as error:
+
+
+@contextmanager
+def _said_plainly() -> Iterator[None]:
+    """What a user can act on is a sentence on stderr and exit status 1, not a stack trace."""
+    from ead_server.models import ModelPullError
+    from ead_server.process import ServerFailed
+
+    try:
+        yield
+    except (ModelPullError, ServerFailed) as error:
         print(f"ead: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 

@@ -103,7 +103,7 @@ def _ask(console: Console, url: str) -> list[Any]:
 def _train(console: Console, url: str, model: Path, steps: int, out: Path) -> None:
     """GRPO on a verifiable task; one line of figures per step."""
     import torch
-    from trainer_bridge.tasks import Task
+    from trainer_bridge.tasks import LetterCounting
 
     from ead_client import Client
     from trainer_bridge import GrpoConfig, GrpoTrainer, WeightPublisher, load_policy
@@ -118,7 +118,7 @@ def _train(console: Console, url: str, model: Path, steps: int, out: Path) -> No
     table = Table(*columns)
     with Client(url) as client:
         publisher = WeightPublisher(client, out / "weights", dtype=torch.bfloat16)
-        trainer = GrpoTrainer(config, policy, tokenizer, Task(), client, publisher)
+        trainer = GrpoTrainer(config, policy, tokenizer, LetterCounting(), client, publisher)
         console.print(
             f"{config.prompts_per_step} problems x {config.samples_per_prompt} answers a step, "
             f"policy at temperature 1 trained with {config.loss.correction} "
