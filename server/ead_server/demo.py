@@ -10,15 +10,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ead_sampler import device
 from ead_server import models
 from ead_server.process import ServerProcess
+
+if TYPE_CHECKING:
+    from trainer_bridge import StepReport
 
 QUESTION = "Tell me one surprising fact about the sea, in one sentence."
 # The paper's numbers are sized for long mathematics; these anneal within forty tokens.
@@ -35,6 +39,7 @@ def run(*, steps: int, out: Path, port: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     console.rule("[bold]1  Model and server")
+    console.print(f"device: {device.choose()}")
     model = models.pull()
     with ServerProcess([], out / "server.log", port=port) as server:
         with _waiting(console, "starting SGLang") as say:
@@ -60,7 +65,8 @@ def run(*, steps: int, out: Path, port: int) -> None:
         "  curl http://127.0.0.1:30000/v1/chat/completions -H 'content-type: application/json' \\\n"
         '    -d \'{"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}],\n'
         '         "annealing": {"preset": "paper"}}\'\n'
-        "  .venv/bin/ead serve --model-path MODEL   # any other model; all SGLang flags pass"
+        "  .venv/bin/ead serve --model-path MODEL   # any other model; all SGLang flags pass",
+        soft_wrap=True,
     )
 
 
@@ -103,48 +109,51 @@ def _ask(console: Console, url: str) -> list[Any]:
 def _train(console: Console, url: str, model: Path, steps: int, out: Path) -> None:
     """GRPO on a verifiable task; one line of figures per step."""
     import torch
-    from trainer_bridge.tasks import LetterCounting
+    from transformers.utils import logging
 
     from ead_client import Client
     from trainer_bridge import GrpoConfig, GrpoTrainer, WeightPublisher, load_policy
+    from trainer_bridge.tasks import LetterCounting
 
+    logging.disable_progress_bar()  # ours is enough
     with _waiting(console, "loading the policy"):
         policy, tokenizer = load_policy(model)
-    config = GrpoConfig(annealing=TRAIN_SCHEDULE, max_new_tokens=16, learning_rate=2e-6)
-    columns = (
-        *("step", "reward", "groups with signal", "mean tau", "weight mean", "max", "capped"),
-        *("ESS", "server vs trainer", "weights", "seconds"),
+    config = GrpoConfig(
+        prompts_per_step=6,
+        samples_per_prompt=6,
+        max_new_tokens=16,
+        annealing=TRAIN_SCHEDULE,
+        learning_rate=2e-6,
     )
-    table = Table(*columns)
     with Client(url) as client:
         publisher = WeightPublisher(client, out / "weights", dtype=torch.bfloat16)
         trainer = GrpoTrainer(config, policy, tokenizer, LetterCounting(), client, publisher)
         console.print(
-            f"{config.prompts_per_step} problems x {config.samples_per_prompt} answers a step, "
-            f"policy at temperature 1 trained with {config.loss.correction} "
-            f"(cap {config.loss.correction_cap}), AdamW {config.learning_rate:g}"
+            f"{config.prompts_per_step} problems x {config.samples_per_prompt} answers a step; "
+            "reward: exact verifier of reasoning-gym's letter_counting; the policy at temperature "
+            f"1 is trained,\nannealed answers weighted by w = min(pi_old / mu, "
+            f"{config.loss.correction_cap:g}) per token; AdamW {config.learning_rate:g}",
+            soft_wrap=True,
         )
         for step in range(steps):
             with _waiting(console, f"step {step}") as say:
                 report = trainer.step(step, say)
-            loss = report.loss
-            table.add_row(
-                str(step),
-                f"{report.reward:.3f}",
-                f"{report.groups_with_signal:.0%}",
-                f"{report.temperature:.3f}",
-                f"{loss.weight_mean:.3f}",
-                f"{loss.weight_max:.2f}",
-                f"{loss.weight_capped:.1%}",
-                f"{loss.effective_sample_size:.3f}",
-                f"{report.mismatch:.4f}",
-                f"{report.rollout_version} -> {report.weight_version}",
-                " ".join(f"{phase} {s:.1f}" for phase, s in report.seconds.items()),
-            )
-    console.print(table)
+            _report(console, report)
+
+
+def _report(console: Console, report: StepReport) -> None:
+    """Two lines of figures for one step."""
+    loss = report.loss
     console.print(
-        "reward: mean over answers (exact verifier). weight: min(pi_old / mu, cap) per token. "
-        "server vs trainer: mean |difference| of log pi, bfloat16 against float32, in nats."
+        f"  reward [bold]{report.reward:.3f}[/] (groups that teach: {report.groups_with_signal:.0%})  "
+        f"mean tau [bold]{report.temperature:.3f}[/]   weights [bold]{report.rollout_version} -> "
+        f"{report.weight_version}[/]   grad norm {report.grad_norm:.2f}\n"
+        f"  w: mean {loss.weight_mean:.3f}, max {loss.weight_max:.2f}, capped "
+        f"{loss.weight_capped:.1%}, ESS {loss.effective_sample_size:.3f}   "
+        f"server's log pi vs trainer's: {report.mismatch:.3f} nats   "
+        + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items()),
+        soft_wrap=True,
+        highlight=False,
     )
 
 
