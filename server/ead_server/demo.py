@@ -144,17 +144,21 @@ def _train(console: Console, url: str, model: Path, steps: int, out: Path) -> No
 def _report(console: Console, report: StepReport) -> None:
     """Two lines of figures for one step."""
     loss = report.loss
-    console.print(
-        f"  reward [bold]{report.reward:.3f}[/] (groups that teach: {report.groups_with_signal:.0%})  "
-        f"mean tau [bold]{report.temperature:.3f}[/]   weights [bold]{report.rollout_version} -> "
-        f"{report.weight_version}[/]   grad norm {report.grad_norm:.2f}\n"
-        f"  w: mean {loss.weight_mean:.3f}, max {loss.weight_max:.2f}, capped "
-        f"{loss.weight_capped:.1%}, ESS {loss.effective_sample_size:.3f}   "
-        f"server's log pi vs trainer's: {report.mismatch:.3f} nats   "
-        + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items()),
-        soft_wrap=True,
-        highlight=False,
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
+    first = (
+        f"reward [bold]{report.reward:.3f}[/] (groups that teach: {report.groups_with_signal:.0%})",
+        f"mean tau [bold]{report.temperature:.3f}[/]",
+        f"weights [bold]{report.rollout_version} -> {report.weight_version}[/]",
+        f"grad norm {report.grad_norm:.2f}",
     )
+    second = (
+        f"w: mean {loss.weight_mean:.3f}, max {loss.weight_max:.2f}, "
+        f"capped {loss.weight_capped:.1%}, ESS {loss.effective_sample_size:.3f}",
+        f"server's log pi vs trainer's: {report.mismatch:.3f} nats",
+        phases,
+    )
+    for line in (first, second):
+        console.print("  " + "   ".join(line), soft_wrap=True, highlight=False)
 
 
 def _draw(rollouts: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,0 +1,55 @@
+"""The `ead` command as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def ead(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ead_server.cli", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environ}
+    )
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["models"], ["models", "pull"]])
+def test_help_exists_and_shows_an_example(command: list[str]) -> None:
+    result = ead(*command, "--help")
+    assert result.returncode == 0
+    if command not in ([], ["models"]):
+        assert f"Example: ead {' '.join(command)}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["models", "pull", "other"], "no embedded model 'other'; there is: smollm2"),
+        (["serve", "--model-path"], "--model-path needs a value"),
+    ],
+)
+def test_mistakes_are_a_sentence_and_a_status(arguments: list[str], says: str) -> None:
+    result = ead(*arguments)
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_cache_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = ead("models", "pull", EAD_CACHE=str(tmp_path / "file"))
+    assert result.returncode == 1
+    assert "EAD_CACHE names another folder" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_without_its_extras_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; import ead_server.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'ead[server]'" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,70 @@
+"""One more server, started so that everything moves: two tokenizer workers, chunked and mixed
+prefill, and requests retracted all the time. Schedules must not notice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from conftest import TINY_FLAGS, Reference
+from test_server import FAST, check_against_reference, expected_temperatures
+
+from ead_client import Client, RequestRefused, Rollout
+from ead_server.process import ServerProcess
+
+FLAGS = (
+    *TINY_FLAGS,
+    *("--tokenizer-worker-num", "2"),
+    *("--chunked-prefill-size", "64", "--enable-mixed-chunk"),
+)
+
+
+@pytest.fixture(scope="module")
+def restless(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("restless") / "server.log"
+    arguments = ["--model-path", str(tiny_model), *FLAGS]
+    with ServerProcess(arguments, log, environ={"SGLANG_TEST_RETRACT": "1"}) as process:
+        process.wait_until_ready()
+        yield process
+
+
+def test_schedules_survive_retraction_chunks_and_several_workers(
+    restless: ServerProcess, reference: Reference
+) -> None:
+    schedules = [FAST, {"preset": "paper", "step": 0}, {**FAST, "position_offset": 9}]
+
+    def one(index: int) -> Rollout:
+        with Client(restless.url, timeout=240) as client:  # a connection of its own
+            answer = client.complete(
+                "def schedule(positions, parameters): " * (1 + 5 * (index % 6)),
+                annealing=schedules[index % 3],
+                max_tokens=40 + index,
+                ignore_eos=True,
+            )
+        assert answer.choices[0].rollout is not None
+        return answer.choices[0].rollout
+
+    with ThreadPoolExecutor(18) as pool:
+        rollouts = list(pool.map(one, range(18)))
+    for index, rollout in enumerate(rollouts):
+        want = expected_temperatures(schedules[index % 3], 40 + index)
+        assert len(rollout) == len(want)
+        assert np.abs(rollout.temperatures - want).max() < 1e-6
+        check_against_reference(rollout, reference)
+
+    log = restless.log.read_text(errors="replace")
+    assert re.search(r"retract", log, re.IGNORECASE)  # or this test has shown less than it says
+
+
+def test_every_worker_checks_schedules(restless: ServerProcess) -> None:
+    for _ in range(12):
+        with Client(restless.url, timeout=60) as client:
+            with pytest.raises(RequestRefused, match=r"annealing\.tau_max"):
+                client.complete("hi", annealing={"tau_max": 99}, max_tokens=1)
+            assert client.complete("hi", annealing=FAST, max_tokens=1).choices
+    assert httpx.get(f"{restless.url}/health", timeout=10).status_code == 200
