@@ -3,7 +3,6 @@ prefill, and requests retracted all the time. Schedules must not notice."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_schedules_survive_retraction_chunks_and_several_workers(
         check_against_reference(rollout, reference)
 
     log = restless.log.read_text(errors="replace")
-    assert re.search(r"retract", log, re.IGNORECASE)  # or this test has shown less than it says
+    assert "Testing retraction" in log  # or this test has shown less than it says
 
 
 def test_every_worker_checks_schedules(restless: ServerProcess) -> None:

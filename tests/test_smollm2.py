@@ -19,6 +19,7 @@ from ead_client import Client, Rollout
 from ead_sampler import parse_annealing
 from ead_server import models
 from ead_server.process import ServerProcess
+from trainer_bridge import RolloutBatch, WeightPublisher, load_policy, token_logprobs
 
 SCHEDULE = {"tau_max": 1.4, "tau_min": 0.4, "decay": 30.0, "warmup": 2, "step": 0}
 
@@ -89,3 +90,29 @@ def test_log_probabilities_equal_a_hugging_face_forward(
         together = np.concatenate(values)
         assert together.max() < 1e-3, name
     assert np.concatenate(shift).mean() > 0.1  # or the comparison would not see a temperature
+
+
+def test_published_weights_are_the_ones_served_although_embedding_and_head_are_tied(
+    smollm2: Path, real: Client, tmp_path: Path
+) -> None:
+    policy, tokenizer = load_policy(smollm2, "cpu")
+    prompt = tokenizer("The sea is")["input_ids"]
+    publisher = WeightPublisher(real, tmp_path, dtype=torch.float32)
+
+    def gap() -> float:
+        """Largest difference between the server's log pi and the trainer's, over 32 tokens."""
+        sampled = real.complete(prompt, annealing=SCHEDULE, max_tokens=32, ignore_eos=True)
+        rollout = sampled.choices[0].rollout
+        assert rollout is not None
+        with torch.no_grad():
+            ours, _ = token_logprobs(policy, RolloutBatch.build([rollout], pad_token_id=0))
+        return float(np.abs(rollout.model_logprobs - ours.numpy()).max())
+
+    assert gap() < 1e-3
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+    assert gap() > 0.02
+    publisher.publish(policy, 1)
+    assert gap() < 1e-3
