@@ -145,9 +145,10 @@ def generate_request(
     if not hasattr(obj, "return_logprob") or not all(isinstance(p, dict) for p in each):
         return original(manager, obj, request)
     each = [_with_step(into_custom_params(p), manager) for p in each]
+    if params:
+        obj.sampling_params = each if isinstance(params, list) else each[0]
     if not any(_asks(p) for p in each):
         return original(manager, obj, request)
-    obj.sampling_params = each if isinstance(params, list) else each[0]
     if observe_items.get() is not None:
         obj.return_prompt_token_ids = True
     return _marked(original(manager, obj, request), manager, obj, each)
@@ -164,8 +165,9 @@ async def _marked(
             for index, answer in _answers(item):
                 prompt = index // (getattr(obj, "parallel_sample_num", 1) or 1)
                 marker = markers[prompt if len(markers) > 1 else 0]
-                if COLUMNS[0] in answer["meta_info"]:
-                    answer["meta_info"].update(marker)
+                meta = answer["meta_info"]
+                if COLUMNS[0] in meta or meta["completion_tokens"] == 0:
+                    meta.update(marker)
                 if observe is not None:
                     observe({**answer, "index": index})
             yield item

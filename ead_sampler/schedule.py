@@ -100,8 +100,8 @@ def ead_temperatures(positions: torch.Tensor, parameters: torch.Tensor) -> torch
     where the exponential is large. Always finite and in [tau_min, max(tau_max, 1)].
     """
     tau_max, tau_min, decay, warmup = parameters.unbind(-1)
-    annealed = 1 + tau_max - torch.exp(positions / decay)  # exp may be inf: the floor catches it
-    annealed = torch.maximum(annealed, tau_min)
+    # 1 + tau_max - exp(x), without rounding above tau_max; infinite exponentials meet the floor
+    annealed = torch.maximum(tau_max - torch.expm1(positions / decay), tau_min)
     return torch.where(positions < warmup, torch.ones_like(annealed), annealed)
 
 

@@ -1,5 +1,5 @@
 """One more server, started so that everything moves: two tokenizer workers, chunked and mixed
-prefill, and requests retracted all the time. Schedules must not notice."""
+prefill, incremental streams, and requests retracted all the time. Schedules must not notice."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ FLAGS = (
     *TINY_FLAGS,
     *("--tokenizer-worker-num", "2"),
     *("--chunked-prefill-size", "64", "--enable-mixed-chunk"),
+    "--incremental-streaming-output",
 )
 
 
@@ -58,6 +59,18 @@ def test_schedules_survive_retraction_chunks_and_several_workers(
 
     log = restless.log.read_text(errors="replace")
     assert "Testing retraction" in log  # or this test has shown less than it says
+
+
+def test_incremental_streams_carry_every_token_once(restless: ServerProcess) -> None:
+    with Client(restless.url, timeout=120) as client:
+        messages = [{"role": "user", "content": "hello"}]
+        chunks = list(
+            client.stream_chat(messages, annealing=FAST, max_tokens=30, ignore_eos=True, n=2)
+        )
+    for index in range(2):
+        parts = [c.rollout for chunk in chunks for c in chunk.choices if c.index == index]
+        temperatures = np.concatenate([part.temperatures for part in parts if part is not None])
+        assert temperatures.tolist() == pytest.approx(expected_temperatures(FAST, 30), abs=1e-6)
 
 
 def test_every_worker_checks_schedules(restless: ServerProcess) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_schedule import closed_form, schedules
 
+from ead_sampler import Annealing
 from ead_sampler.rows import AnnealedRows, RowRequest
 from ead_sampler.sampling import kept_mass
 
@@ -123,3 +124,44 @@ def test_kept_mass_equals_a_naive_count(
         renormalised=renormalised,
     )
     assert got.item() == pytest.approx(naive_kept_mass(probs, top_k, top_p, min_p, renormalised))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu() -> None:
+    """One step's work on our side, with every host-device synchronisation made an error."""
+    from types import SimpleNamespace
+
+    from ead_sampler.sampling import MODEL_LOGITS, _sampled_values
+
+    schedule = Annealing.model_validate({"step": 0})
+    rows = AnnealedRows.build(
+        [RowRequest(3, schedule, entropies=True), None, RowRequest(5)], "cuda"
+    )
+    assert rows is not None
+    batch, vocabulary = 3, 1000
+    logits = torch.randn(batch, vocabulary, device="cuda")
+    info = SimpleNamespace(
+        temperatures=torch.ones(batch, 1, device="cuda"),
+        top_ks=torch.full((batch,), 50, device="cuda"),
+        top_ps=torch.full((batch,), 0.9, device="cuda"),
+        min_ps=torch.zeros(batch, device="cuda"),
+        is_all_greedy=False,
+        is_any_greedy=True,
+        need_top_p_sampling=True,
+        need_top_k_sampling=True,
+        need_min_p_sampling=False,
+    )
+    setattr(info, MODEL_LOGITS, logits)
+    positions = torch.tensor([7, 8, 9], device="cuda")
+    token_ids = torch.tensor([1, 2, 3], device="cuda")
+    keep = [2, 0]
+    keep_device = torch.tensor(keep, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        info.temperatures = rows.temperatures(positions, info.temperatures)
+        values = _sampled_values(logits.softmax(-1), token_ids, info, rows)
+        AnnealedRows.merge(rows.filter(keep, keep_device), rows, 2, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(values).all()

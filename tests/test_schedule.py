@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ead_sampler import Annealing, AnnealingError, parse_annealing
@@ -49,6 +49,7 @@ def test_temperatures_equal_the_closed_form(schedule: Annealing, positions: list
 
 
 @given(schedules)
+@example(parse_annealing({"tau_max": 0.3, "warmup": 0, "tau_min": 0.1}))  # 1 + 0.3 - 1 > 0.3
 def test_temperatures_are_finite_bounded_and_never_rise_after_the_warmup(
     schedule: Annealing,
 ) -> None:

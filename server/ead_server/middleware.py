@@ -41,7 +41,8 @@ class AnnealingMiddleware:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in ROUTES or scope["method"] != "POST":
+        path = _route(scope)
+        if path not in ROUTES or scope["method"] not in ("POST", "PUT"):
             await self.app(scope, receive, send)
             return
         body = await _read_body(receive)
@@ -56,7 +57,7 @@ class AnnealingMiddleware:
             await _send_error(send, f"the request body is not valid JSON: {error}", None)
             return
         try:
-            rewritten = _rewrite(scope["path"], request)
+            rewritten = _rewrite(path, request)
         except AnnealingError as error:
             await _send_error(send, str(error), error.field)
             return
@@ -66,7 +67,7 @@ class AnnealingMiddleware:
 
         scope = {**scope, "headers": _without_length(scope["headers"])}
         receive = _replay(orjson.dumps(rewritten), receive)
-        if scope["path"] not in OPENAI_ROUTES:  # /generate carries the arrays in meta_info
+        if path not in OPENAI_ROUTES:  # /generate carries the arrays in meta_info
             await self.app(scope, receive, _OpenAIErrors(send))
             return
         recorder = Recorder()
@@ -75,6 +76,14 @@ class AnnealingMiddleware:
             await self.app(scope, receive, _Enriched(send, recorder))
         finally:
             observe_items.reset(token)
+
+
+def _route(scope: Any) -> str | None:
+    """The path below a proxy's prefix (--fastapi-root-path); None for what is not HTTP."""
+    if scope["type"] != "http":
+        return None
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 # --- requests ----------------------------------------------------------------------------------
@@ -179,12 +188,12 @@ class _Enriched:
         more = message.get("more_body", False)
         self.buffer += message.get("body", b"")
         if self.streams:
-            events = self.buffer if not more else self.buffer[: self.buffer.rfind(b"\n\n") + 2]
-            if b"\n\n" not in self.buffer and more:
-                events = b""
-            self.buffer = self.buffer[len(events) :]
-            lines = [self._event(line) for line in events.split(b"\n")]
-            await self.send({**message, "body": b"\n".join(lines)})
+            whole, end, rest = self.buffer.rpartition(b"\n\n")
+            if not more:
+                whole, end, rest = self.buffer, b"", b""
+            self.buffer = rest
+            lines = [self._event(line) for line in whole.split(b"\n")]
+            await self.send({**message, "body": b"\n".join(lines) + end})
         elif not more:
             await _send_body(self.send, self.start, self._whole(self.buffer))
 

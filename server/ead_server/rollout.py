@@ -13,8 +13,6 @@ from ead_sampler.requests import COLUMNS, ENTROPIES, MARKERS
 
 Json = dict[str, Any]
 
-_COLUMNS = ("token_ids", *COLUMNS, ENTROPIES)
-
 
 class Choice:
     """One answer being generated: its columns so far, and how much of them was handed out."""
@@ -29,10 +27,10 @@ class Choice:
     @property
     def recorded(self) -> bool:
         """Whether the sampler recorded this answer, that is, honoured the request."""
-        return len(self.columns.get(COLUMNS[0], ())) >= self.length > 0
+        return len(self.columns.get(COLUMNS[0], ())) >= self.length
 
     def column(self, name: str, start: int = 0) -> list[Any]:
-        return self.columns[name][start : self.length]
+        return self.columns.get(name, [])[start : self.length]
 
 
 class Recorder:
@@ -51,8 +49,7 @@ class Recorder:
         incremental = total > len(new["token_ids"])
         for name, values in new.items():
             if incremental:
-                choice.columns[name] = choice.column(name) if name in choice.columns else []
-                choice.columns[name] += values
+                choice.columns[name] = [*choice.column(name), *values]
             else:
                 choice.columns[name] = values  # SGLang's own list, which grows on
         choice.length, choice.meta = total, meta
@@ -102,7 +99,8 @@ class Recorder:
 
 
 def _columns(choice: Choice, start: int) -> Json:
-    return {name: choice.column(name, start) for name in _COLUMNS if name in choice.columns}
+    names = ("token_ids", *COLUMNS, *([ENTROPIES] if ENTROPIES in choice.columns else []))
+    return {name: choice.column(name, start) for name in names}
 
 
 def _about(choice: Choice) -> Json:
