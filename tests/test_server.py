@@ -7,6 +7,7 @@ over the vocabulary leaves less than 1e-4 in a log-probability.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from conftest import Reference
 from scipy import stats
 from test_schedule import closed_form
 
-from ead_client import Client, Rollout
+from ead_client import AsyncClient, Client, Rollout
 from ead_sampler import parse_annealing
 from ead_server.process import ServerProcess
 
@@ -59,6 +60,8 @@ def test_concurrent_requests_each_follow_their_own_schedule(
     client: Client, reference: Reference
 ) -> None:
     """Different schedules, lengths and prompts in one running batch, plain requests among them."""
+    info = client.request("GET", "/server_info").json()
+    assert info["disable_overlap_schedule"] is False  # where req.output_ids lags by a step
     schedules: list[dict[str, Any] | None] = [
         FAST,
         {"preset": "paper", "step": 0},
@@ -244,6 +247,24 @@ def test_a_stream_carries_every_token_once(client: Client, reference: Reference,
         assert len(whole) == 30
         assert np.abs(whole.temperatures - expected_temperatures(FAST, 30)).max() < 1e-6
         check_against_reference(whole, reference)
+
+
+def test_the_async_client_runs_many_requests_at_once(
+    server: ServerProcess, reference: Reference
+) -> None:
+    async def all_of_them() -> list[Rollout | None]:
+        async with AsyncClient(server.url) as client:
+            calls = [
+                client.complete(f"def f{i}(", annealing={**FAST, "warmup": i}, max_tokens=8 + i)
+                for i in range(8)
+            ]
+            return [answer.choices[0].rollout for answer in await asyncio.gather(*calls)]
+
+    for index, rollout in enumerate(asyncio.run(all_of_them())):
+        assert rollout is not None
+        want = expected_temperatures({**FAST, "warmup": index}, len(rollout))
+        assert np.abs(rollout.temperatures - want).max() < 1e-6
+        check_against_reference(rollout, reference)
 
 
 @pytest.mark.parametrize("stream", [False, True])

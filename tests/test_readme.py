@@ -1,0 +1,32 @@
+"""The README's Python runs as printed, but for the server's address."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ead_server.process import ServerProcess
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_readme_runs(
+    block: str, server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(block.replace("http://127.0.0.1:30000", server.url), "README.md", "exec"), {})
+    if "print(" in block:
+        assert "1.0" in capsys.readouterr().out  # the first token's temperature
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
