@@ -1,13 +1,15 @@
 """Tokens per second of the whole server: plain SGLang, ours, and ours with annealing.
 
 Two servers on the same model run side by side and are asked in turn, round after round, so that a
-machine that slows down slows all of them. Idle servers sleep.
+machine that slows down slows all of them; the order changes from round to round. Idle servers
+sleep, so each measurement follows a short request to the same server.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -74,8 +76,11 @@ def main() -> None:
                 with console.status(f"starting the {name} server"):
                     server.wait_until_ready()
             for round_ in track(range(options.rounds + 1), "rounds", console=console):
-                for mode, fields in MODES.items():
+                order = list(MODES.items())
+                random.Random(round_).shuffle(order)
+                for mode, fields in order:
                     url = (plain if mode == "plain SGLang" else ours).url
+                    tokens_per_second(url, options.batch, 4, fields)  # wakes an idle server
                     rate = tokens_per_second(url, options.batch, options.tokens, fields)
                     if round_ > 0:  # the first warms up
                         rates[mode].append(rate)
