@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tiny import make_tiny_model
@@ -15,6 +17,10 @@ from ead_sampler import device
 from ead_server.process import ServerProcess
 
 device.choose()  # before anything imports transformers, see ead_sampler/device.py
+
+# No deadline: these machines are shared. In CI the same examples every time; new ones elsewhere.
+hypothesis.settings.register_profile("ead", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("ead")
 
 # float32, so that a Hugging Face forward of the same weights agrees to many digits
 TINY_FLAGS = ("--dtype", "float32", "--max-total-tokens", "65536", "--random-seed", "7")
