@@ -34,11 +34,22 @@ observe_items: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar(
 )
 
 
+def asked(custom_params: Any) -> bool:
+    """Whether SGLang's custom_params ask for annealing or a rollout; null and false do not."""
+    if not isinstance(custom_params, dict):
+        return False
+    rollout = custom_params.get(ROLLOUT)
+    nothing = rollout is None or rollout is False  # not `in (None, False)`: 0 is a mistake
+    return custom_params.get(ANNEALING) is not None or not nothing
+
+
 # --- checks ----------------------------------------------------------------------------------
 
 
 def check_rollout(raw: object) -> bool | dict[str, bool]:
-    """The `rollout` field: true, false or {"entropies": bool}. Raises AnnealingError."""
+    """The `rollout` field: true, false (or null) or {"entropies": bool}. Raises AnnealingError."""
+    if raw is None:
+        return False
     if isinstance(raw, bool):
         return raw
     if isinstance(raw, dict) and set(raw) <= {"entropies"}:
@@ -66,17 +77,15 @@ def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
     here is a clean 400; the same mistake in the scheduler would kill the server.
     """
     custom = params.custom_params
-    if not isinstance(custom, dict) or not (ANNEALING in custom or ROLLOUT in custom):
+    if not asked(custom):
         return
-    check_rollout(custom.get(ROLLOUT, False))
-    asked = custom.get(ANNEALING)
-    if asked is not None:
-        parse_annealing(asked)
+    check_rollout(custom.get(ROLLOUT))
+    if custom.get(ANNEALING) is not None:
+        parse_annealing(custom[ANNEALING])
         check_sampling({"temperature": params.temperature, "top_k": params.top_k})
-    if asked is not None or custom.get(ROLLOUT):
-        if params.beam_width is not None and params.beam_width > 1:
-            raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
-        check_server_mode()
+    if params.beam_width is not None and params.beam_width > 1:
+        raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
+    check_server_mode()
 
 
 def check_server_mode() -> None:
@@ -119,16 +128,16 @@ def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
     if ANNEALING not in params and ROLLOUT not in params:
         return params
     params = dict(params)
-    schedule, rollout = params.pop(ANNEALING, None), params.pop(ROLLOUT, False)
-    asked: dict[str, Any] = {}
+    schedule, rollout = params.pop(ANNEALING, None), params.pop(ROLLOUT, None)
+    moved: dict[str, Any] = {}
     if schedule is not None:
         check_sampling(params)
-        asked[ANNEALING] = parse_annealing(schedule).model_dump()
+        moved[ANNEALING] = parse_annealing(schedule).model_dump()
         params["temperature"] = 1.0  # or a model's generation_config would set another
-    if rollout is not None and check_rollout(rollout) is not False:
-        asked[ROLLOUT] = rollout
-    if asked:
-        params["custom_params"] = {**(params.get("custom_params") or {}), **asked}
+    if check_rollout(rollout) is not False:
+        moved[ROLLOUT] = rollout
+    if moved:
+        params["custom_params"] = {**(params.get("custom_params") or {}), **moved}
     return params
 
 
@@ -147,7 +156,7 @@ def generate_request(
     each = [_with_step(into_custom_params(p), manager) for p in each]
     if params:
         obj.sampling_params = each if isinstance(params, list) else each[0]
-    if not any(_asks(p) for p in each):
+    if not any(asked(p.get("custom_params")) for p in each):
         return original(manager, obj, request)
     if observe_items.get() is not None:
         obj.return_prompt_token_ids = True
@@ -158,7 +167,7 @@ async def _marked(
     items: Any, manager: Any, obj: Any, each: list[dict[str, Any]]
 ) -> AsyncIterator[Any]:
     """The same items, their meta_info saying which schedule and which cuts were applied."""
-    markers = [_markers(p, manager) for p in each]
+    markers = [_markers(p, manager) if asked(p.get("custom_params")) else {} for p in each]
     observe = observe_items.get()
     async with aclosing(items):
         async for item in items:
@@ -179,11 +188,6 @@ def _answers(item: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(item)
     else:
         yield item.get("index") or 0, item
-
-
-def _asks(params: dict[str, Any]) -> bool:
-    custom = params.get("custom_params") or {}
-    return bool(custom.get(ANNEALING) or custom.get(ROLLOUT))
 
 
 def _with_step(params: dict[str, Any], manager: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT
+from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, asked
 from ead_sampler.rows import AnnealedRows, RowRequest
 from ead_sampler.schedule import AnnealingError, parse_annealing
 
@@ -64,7 +64,7 @@ def _asked_of(req: Any) -> RowRequest | None:
 
 def _row_request(req: Any) -> RowRequest | None:
     custom = req.sampling_params.custom_params
-    if not isinstance(custom, dict) or not (ANNEALING in custom or ROLLOUT in custom):
+    if not asked(custom):
         return None
     raw, rollout = custom.get(ANNEALING), custom.get(ROLLOUT)
     try:
@@ -217,12 +217,12 @@ class SampledOnHost:
         when SGLang generates a token again (a retracted request with input embeddings).
         """
         for req, commit, row in zip(batch.reqs, commits, self.values.tolist(), strict=True):
-            asked = _asked_of(req) if commit is not None else None
-            if asked is None:
+            request = _asked_of(req) if commit is not None else None
+            if request is None:
                 continue
             if req.customized_info is None:
                 req.customized_info = {}
-            columns = (*COLUMNS, ENTROPIES) if asked.entropies else COLUMNS
+            columns = (*COLUMNS, ENTROPIES) if request.entropies else COLUMNS
             for name, value in zip(columns, row, strict=False):
                 column = req.customized_info.setdefault(name, [])
                 del column[commit.output_index :]

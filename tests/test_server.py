@@ -358,6 +358,26 @@ def test_null_opts_out(server: ServerProcess) -> None:
     assert "rollout" not in choice
 
 
+def test_asking_for_nothing_gets_nothing_wherever_it_is_said(server: ServerProcess) -> None:
+    ours = {"temperatures", "logprobs", "model_logprobs", "annealing", "sampling"}
+    for nothing in ({"rollout": False}, {"annealing": None}, {"annealing": None, "rollout": None}):
+        for place in (nothing, {"custom_params": nothing}):
+            params = {"max_new_tokens": 3, "ignore_eos": True, **place}
+            meta = post(server, "/generate", {"text": "hi", "sampling_params": params})["meta_info"]
+            assert not ours & set(meta), place
+
+
+def test_an_empty_rollout_object_asks_for_a_rollout(server: ServerProcess) -> None:
+    body = {"model": "tiny", "prompt": "def ", "max_tokens": 3, "ignore_eos": True, "rollout": {}}
+    rollout = post(server, "/v1/completions", body)["choices"][0]["rollout"]
+    assert len(rollout["temperatures"]) == 3
+    assert rollout["annealing"] is None
+    params = {"max_new_tokens": 3, "ignore_eos": True, "custom_params": {"rollout": {}}}
+    meta = post(server, "/generate", {"text": "hi", "sampling_params": params})["meta_info"]
+    assert len(meta["temperatures"]) == 3
+    assert meta["sampling"]["top_k"] == -1
+
+
 # --- bad requests ------------------------------------------------------------------------------
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -401,6 +421,7 @@ def test_a_bad_field_is_a_400_in_openai_shape(
         {"annealing": [[1]]},
         {"annealing": {}, "rollout": 3},
         {"rollout": [[1]]},
+        {"rollout": 0},
     ],
 )
 def test_malformed_custom_params_are_refused_and_the_server_lives(
