@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ead_server.process import ServerFailed, hold_port
 
 
 def ead(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +41,32 @@ def test_mistakes_are_a_sentence_and_a_status(arguments: list[str], says: str) -
     assert result.returncode == 1
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_a_sentence_before_any_model_is_loaded(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for command in (["serve", "--model-path", str(tiny_model)], ["demo"]):
+            result = ead(*command, "--port", port)
+            assert result.returncode == 1
+            assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in result.stderr
+            assert "Traceback" not in result.stderr
+            assert "Load weight begin" not in result.stderr
+
+
+def test_a_held_port_goes_to_nobody_but_a_server_that_names_it() -> None:
+    """Also while connections and other servers come and go (it failed a CI run once)."""
+    held = hold_port("127.0.0.1")
+    port = held.getsockname()[1]
+    for _ in range(100):  # a port that is not held comes up 5 times on average
+        with contextlib.ExitStack() as sockets:
+            for _ in range(900):
+                other = sockets.enter_context(socket.socket())
+                other.bind(("127.0.0.1", 0))
+                assert other.getsockname()[1] != port
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ServerFailed):
+        hold_port("127.0.0.1", port)
+    held.close()
 
 
 def test_a_cache_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ def trainer(client: Client, tiny_model: Path, tmp_path: Path) -> Any:
         answers_per_forward=5,
     )
     yield GrpoTrainer(config, policy, tokenizer, SayMore(), client, publisher)
-    original, _ = load_policy(tiny_model, "cpu")
-    publisher.publish(original, 0)
+    original = {"model_path": str(tiny_model), "weight_version": "default"}
+    assert client.request("POST", "/update_weights_from_disk", original).json()["success"]
 
 
 def test_after_a_step_the_server_samples_from_the_new_weights(

@@ -177,19 +177,18 @@ class GrpoTrainer:
         one step only. Returns loss statistics, gradient norm, mean entropy, mean mismatch.
         """
         self.policy.train()
-        token_advantages = advantages.flatten().to(self.device)[batch.sequence_ids]
+        advantages = advantages.flatten().to(self.device)
         logprobs: list[torch.Tensor] = []
         entropies: list[torch.Tensor] = []
         size = self.config.answers_per_forward
         for start in range(0, len(batch), size):
             part = batch.rows(start, start + size)
             log_pi, entropy = token_logprobs(self.policy, part)
-            selected = (batch.sequence_ids >= start) & (batch.sequence_ids < start + size)
             loss, _ = grpo_loss(
                 log_pi,
                 log_pi.detach(),
                 part.behaviour_logprobs,
-                token_advantages[selected],
+                advantages[start : start + size][part.sequence_ids],
                 part.sequence_ids,
                 self.config.loss,
             )
@@ -204,7 +203,7 @@ class GrpoTrainer:
             whole,
             whole,
             batch.behaviour_logprobs,
-            token_advantages,
+            advantages[batch.sequence_ids],
             batch.sequence_ids,
             self.config.loss,
         )

@@ -6,6 +6,7 @@ import os
 import sys
 
 from ead_sampler import device
+from ead_server.process import hold_port
 
 DEFAULT_MODEL = "smollm2"
 
@@ -24,7 +25,8 @@ _CPU_FLAGS = (
 def serve(arguments: list[str]) -> None:
     """Run the server until it is stopped. `arguments` are SGLang's, all passed on.
 
-    Raises SystemExit when this SGLang cannot be extended, before any model is loaded.
+    Before any model is loaded, raises SystemExit when this SGLang cannot be extended, and
+    ServerFailed when the port is taken.
     """
     print(f"ead: device: {device.choose()}", file=sys.stderr, flush=True)
     arguments = with_defaults(arguments, cpu=device.is_cpu())
@@ -48,8 +50,11 @@ def serve(arguments: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    server_args = prepare_server_args(arguments)
+    # before the model is loaded: SGLang finds out after it, then hangs in its warm-up
+    hold_port(server_args.host, server_args.port).close()
     try:
-        run_server(prepare_server_args(arguments))
+        run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -19,14 +19,15 @@ HOST = "127.0.0.1"
 
 
 class ServerFailed(RuntimeError):
-    """The server ended, or did not become ready in time. The message ends with its log's end."""
+    """The server could not start, ended, or did not become ready in time; the message says why."""
 
 
 class ServerProcess:
     """`ead serve` (or another command) on loopback, started now and stopped on exit.
 
-    command: without host and port. log: file that takes the server's output. Everything that the
-    server starts is in its own process group, and is stopped with it.
+    port: 0 for any free one. command: without host and port. log: file that takes the server's
+    output. Everything that the server starts is in its own process group, and is stopped with it.
+    Raises ServerFailed when the port is taken.
     """
 
     def __init__(
@@ -38,7 +39,10 @@ class ServerProcess:
         command: Sequence[str] = (sys.executable, "-m", "ead_server.cli", "serve"),
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self.port = port or free_port()
+        # held until stop(): a server listens only after its model is loaded, and by then another
+        # program could have been given the port
+        self._held = hold_port(HOST, port)
+        self.port: int = self._held.getsockname()[1]
         self.url = f"http://{HOST}:{self.port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +87,7 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._held.close()
 
     def log_end(self, lines: int = 30) -> str:
         """The last lines of the server's output."""
@@ -101,9 +106,20 @@ class ServerProcess:
         self.stop()
 
 
-def free_port() -> int:
-    """A loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def hold_port(host: str, port: int = 0) -> socket.socket:
+    """A socket that keeps a TCP port (0: any free one) for a server that will listen on it.
+
+    Bound and never listening: Linux hands the port to nobody who asks for any port, while a server
+    that asks for this one with SO_REUSEADDR, as uvicorn does, gets it. Raises ServerFailed when it
+    is taken or the host is not this machine's.
+    """
+    with contextlib.ExitStack() as on_error:
+        try:
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            held = on_error.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(address)
+        except OSError as error:
+            raise ServerFailed(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        on_error.pop_all()
+    return held

@@ -32,6 +32,13 @@ class Choice:
     def column(self, name: str, start: int = 0) -> list[Any]:
         return self.columns.get(name, [])[start : self.length]
 
+    def last_values(self, count: int) -> list[tuple[float | None, float | None]]:
+        """(temperature, model_logprob) of the last `count` tokens; None for a prompt's."""
+        start = max(0, self.length - count)
+        temperatures = self.column("temperatures", start)
+        generated = zip(temperatures, self.column("model_logprobs", start), strict=True)
+        return [(None, None)] * (count - len(temperatures)) + list(generated)
+
 
 class Recorder:
     """What the engine delivered for one HTTP request, by choice index."""
@@ -49,9 +56,10 @@ class Recorder:
         incremental = total > len(new["token_ids"])
         for name, values in new.items():
             if incremental:
-                choice.columns[name] = [*choice.column(name), *values]
-            else:
-                choice.columns[name] = values  # SGLang's own list, which grows on
+                choice.columns.setdefault(name, []).extend(values)
+            else:  # a copy of the first, since incremental items may follow and extend it;
+                # then SGLang's own list, which grows on
+                choice.columns[name] = values if choice.length else list(values)
         choice.length, choice.meta = total, meta
         if item.get("prompt_token_ids") is not None:
             choice.prompt_token_ids = list(item["prompt_token_ids"])
@@ -87,13 +95,11 @@ class Recorder:
         if choice is None or not choice.recorded or not isinstance(logprobs, dict):
             return
         if logprobs.get("content"):  # chat: a list of entries
-            entries = logprobs["content"]
-            for entry, values in zip(reversed(entries), _reversed_values(choice), strict=False):
-                entry.update(zip(("temperature", "model_logprob"), values, strict=True))
+            values = choice.last_values(len(logprobs["content"]))
+            for entry, (temperature, logprob) in zip(logprobs["content"], values, strict=True):
+                entry["temperature"], entry["model_logprob"] = temperature, logprob
         elif logprobs.get("tokens"):  # completions: columns
-            missing = [(None, None)] * max(0, len(logprobs["tokens"]) - choice.length)
-            values = [*missing, *reversed(list(_reversed_values(choice)))]
-            values = values[len(values) - len(logprobs["tokens"]) :]
+            values = choice.last_values(len(logprobs["tokens"]))
             logprobs["temperatures"] = [temperature for temperature, _ in values]
             logprobs["model_logprobs"] = [logprob for _, logprob in values]
 
@@ -111,12 +117,3 @@ def _about(choice: Choice) -> Json:
     about["weight_version"] = choice.meta.get("weight_version")
     about["weight_versions"] = choice.meta.get("weight_versions")
     return about
-
-
-def _reversed_values(choice: Choice) -> Any:
-    """(temperature, model_logprob) of each token, from the last to the first."""
-    return zip(
-        reversed(choice.column("temperatures")),
-        reversed(choice.column("model_logprobs")),
-        strict=True,
-    )
