@@ -18,6 +18,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing, training_step
+from ead_sampler.schedule import AnnealingError
+
 logger = logging.getLogger(__name__)
 
 SUPPORTED_SGLANG = "0.5.23"
@@ -73,7 +76,7 @@ HOOKS = (
         f"{_RUNNER}._preprocess_logits",
         "self logits_output sampling_info observer",
         "BEFORE",
-        "ead_sampler.sampling:keep_model_logits",
+        "ead_sampler.sampling:keep_model_logprobs",
         "model log-probabilities are those before penalties, bias and grammar masks",
     ),
     Hook(
@@ -128,7 +131,7 @@ def load() -> None:
     from ead_sampler import device
 
     logger.info("device: %s", device.choose())
-    problems = check_sglang()
+    problems = check_sglang() or _bad_default()
     if problems:
         raise SystemExit("ead cannot extend this SGLang:\n  " + "\n  ".join(problems))
 
@@ -138,6 +141,7 @@ def load() -> None:
         HookRegistry.register(hook.target, _resolve(hook.ours), HookType[hook.kind])
     if _serves_http():
         importlib.import_module("ead_server.middleware").install()
+        training_step()  # made here, before any worker process that shares it
         # With several tokenizer workers, uvicorn imports its app by this name in each of them.
         os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "ead_server.app:app")
 
@@ -153,6 +157,14 @@ def check_sglang() -> list[str]:
     if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
         return ["SGLANG_RUST_SERVER replaces the HTTP server that ead extends; unset it"]
     return [problem for hook in HOOKS if (problem := _check(hook))]
+
+
+def _bad_default() -> list[str]:
+    try:
+        default_annealing()
+    except AnnealingError as error:
+        return [f"{DEFAULT_ANNEALING} (ead serve --annealing): {error}"]
+    return []
 
 
 def hooks_not_in_place() -> list[str]:

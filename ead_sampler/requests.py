@@ -1,9 +1,10 @@
 """What happens to a request in SGLang's tokenizer process, before and after the scheduler.
 
-A request says what it wants in `sampling_params`: `annealing` (a schedule) and `rollout` (return
-the arrays also without a schedule). Both are checked here, moved into SGLang's `custom_params`,
-which travels to the scheduler, and answered with a marker that says what was applied. The hooks
-that call these functions are listed in `ead_sampler.plugin`.
+A request says what it wants in `sampling_params`: `annealing` (a schedule; null: none, not even the
+server's default) and `rollout` (true: return the arrays also without a schedule; false: not even
+with one). Both are checked here, moved into SGLang's `custom_params`, which travels to the
+scheduler, and answered with a marker that says what was applied. The hooks that call these
+functions are listed in `ead_sampler.plugin`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
+from ead_sampler.defaults import default_annealing, training_step
 from ead_sampler.schedule import AnnealingError, parse_annealing
 
 ANNEALING = "annealing"
@@ -41,6 +43,11 @@ def asked(custom_params: Any) -> bool:
     rollout = custom_params.get(ROLLOUT)
     nothing = rollout is None or rollout is False  # not `in (None, False)`: 0 is a mistake
     return custom_params.get(ANNEALING) is not None or not nothing
+
+
+def wants_arrays(custom_params: Any) -> bool:
+    """Whether an answer carries the arrays: if something is asked and rollout is not false."""
+    return asked(custom_params) and custom_params.get(ROLLOUT) is not False
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -122,23 +129,38 @@ def unsupported_mode(server_args: Any, environ: Mapping[str, str]) -> str | None
 def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
     """Sampling parameters with `annealing` and `rollout` checked and moved to `custom_params`.
 
-    Returns `params` itself when neither is asked for, else a copy. Raises AnnealingError.
-    `annealing: null` and `rollout: false` ask for nothing.
+    Returns `params` itself when neither is said, else a copy. Raises AnnealingError.
     """
     if ANNEALING not in params and ROLLOUT not in params:
         return params
     params = dict(params)
-    schedule, rollout = params.pop(ANNEALING, None), params.pop(ROLLOUT, None)
-    moved: dict[str, Any] = {}
-    if schedule is not None:
+    moved = {field: params.pop(field) for field in (ANNEALING, ROLLOUT) if field in params}
+    if moved.get(ANNEALING) is not None:
         check_sampling(params)
-        moved[ANNEALING] = parse_annealing(schedule).model_dump()
+        moved[ANNEALING] = parse_annealing(moved[ANNEALING]).model_dump()
         params["temperature"] = 1.0  # or a model's generation_config would set another
-    if check_rollout(rollout) is not False:
-        moved[ROLLOUT] = rollout
-    if moved:
-        params["custom_params"] = {**(params.get("custom_params") or {}), **moved}
+    check_rollout(moved.get(ROLLOUT))
+    params["custom_params"] = {**(params.get("custom_params") or {}), **moved}
     return params
+
+
+def with_default(params: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters that say nothing of `annealing`, with the server's default schedule.
+
+    Only where nothing but temperature 1 was asked for: greedy decoding and temperatures of their
+    own are choices, an evaluation's perhaps. The arrays are not added to such an answer, since
+    whoever did not ask does not read them. Returns `params` itself when nothing changes.
+    """
+    custom = params.get("custom_params") or {}
+    default = default_annealing()
+    if default is None or ANNEALING in params or ANNEALING in custom:
+        return params
+    try:
+        check_sampling(params)
+    except AnnealingError:
+        return params
+    rollout = params.get(ROLLOUT, custom.get(ROLLOUT)) or False
+    return {**params, ANNEALING: default, ROLLOUT: rollout}
 
 
 def generate_request(
@@ -153,8 +175,8 @@ def generate_request(
     each = params if isinstance(params, list) else [params or {}]
     if not hasattr(obj, "return_logprob") or not all(isinstance(p, dict) for p in each):
         return original(manager, obj, request)
-    each = [_with_step(into_custom_params(p), manager) for p in each]
-    if params:
+    each = [_completed(into_custom_params(with_default(p)), manager) for p in each]
+    if params or any(each):
         obj.sampling_params = each if isinstance(params, list) else each[0]
     if not any(asked(p.get("custom_params")) for p in each):
         return original(manager, obj, request)
@@ -167,15 +189,19 @@ async def _marked(
     items: Any, manager: Any, obj: Any, each: list[dict[str, Any]]
 ) -> AsyncIterator[Any]:
     """The same items, their meta_info saying which schedule and which cuts were applied."""
-    markers = [_markers(p, manager) if asked(p.get("custom_params")) else {} for p in each]
+    markers = [
+        (_markers(p, manager) if asked(p.get("custom_params")) else {}, p.get("custom_params"))
+        for p in each
+    ]
     observe = observe_items.get()
     async with aclosing(items):
         async for item in items:
             for index, answer in _answers(item):
                 prompt = index // (getattr(obj, "parallel_sample_num", 1) or 1)
-                marker = markers[prompt if len(markers) > 1 else 0]
+                marker, custom = markers[prompt if len(markers) > 1 else 0]
                 meta = answer["meta_info"]
-                if COLUMNS[0] in meta or meta["completion_tokens"] == 0:
+                # no arrays though asked for: the scheduler did not comply
+                if not wants_arrays(custom) or COLUMNS[0] in meta or not meta["completion_tokens"]:
                     meta.update(marker)
                 if observe is not None:
                     observe({**answer, "index": index})
@@ -190,14 +216,16 @@ def _answers(item: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         yield item.get("index") or 0, item
 
 
-def _with_step(params: dict[str, Any], manager: Any) -> dict[str, Any]:
-    """A schedule without a training step gets the number of weight updates so far."""
-    custom = params.get("custom_params") or {}
-    schedule = custom.get(ANNEALING)
-    if not isinstance(schedule, dict) or schedule.get("step") is not None:
+def _completed(params: dict[str, Any], manager: Any) -> dict[str, Any]:
+    """A schedule with the server's training step, if it has none, and its strings as tokens."""
+    custom = params.get("custom_params")
+    if not isinstance(custom, dict) or not isinstance(custom.get(ANNEALING), dict):
         return params
-    schedule = {**schedule, "step": getattr(manager, WEIGHT_UPDATES, 0)}
-    return {**params, "custom_params": {**custom, ANNEALING: schedule}}
+    raw = custom[ANNEALING]
+    if raw.get("step") is None:
+        raw = {**raw, "step": training_step().now}
+    schedule = parse_annealing(raw).resolved(getattr(manager, "tokenizer", None))
+    return {**params, "custom_params": {**custom, ANNEALING: schedule.model_dump()}}
 
 
 def _markers(params: dict[str, Any], manager: Any) -> dict[str, Any]:
@@ -243,8 +271,6 @@ def drop_empty_columns(
 
 # --- the server's own training step ------------------------------------------------------------
 
-WEIGHT_UPDATES = "ead_weight_updates"  # attribute of TokenizerManager: int
-
 
 async def count_weight_update(
     original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any
@@ -256,5 +282,5 @@ async def count_weight_update(
     """
     result = await original(manager, *args, **kwargs)
     if result[0]:
-        setattr(manager, WEIGHT_UPDATES, getattr(manager, WEIGHT_UPDATES, 0) + 1)
+        training_step().count_weight_update()
     return result

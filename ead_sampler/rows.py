@@ -1,18 +1,49 @@
 """The schedules of one running batch, one row per request, as tensors on the logits' device.
 
-SGLang filters and merges its batches as requests finish and arrive; these rows follow. Legend:
-B = rows of the batch.
+SGLang filters and merges its batches as requests finish and arrive; these rows follow. Whatever
+kinds of schedule are mixed, a step costs one evaluation of each kind present, over all rows.
+
+Kinds with state (`segment`, `branch`) remember three numbers from token to token: the t at which
+their clock last restarted, their phase (0: thinking, 1: answer) and their entropy threshold. These
+live in `memory`, a tensor with one line per request slot of SGLang, which only the sampling step
+reads and writes: so they are right when the next step is scheduled before this one has ended. A
+request that is computed anew (after retraction) starts from `initial`, what the host last saw.
+
+Legend: B = rows of the batch, F = 2 phases, P = parameters, M = marks (token ids).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ead_sampler.schedule import Annealing, ead_temperatures
+from ead_sampler.kinds import MAX_KNOTS, Branch, Segment
+from ead_sampler.schedule import REGISTRY, Annealing
+
+KINDS = tuple(REGISTRY.values())
+WIDTH = 2 * MAX_KNOTS  # P, of the kind with the most parameters
+PHASES = 2
+STATE_SIZE = 3  # clock's origin (t), phase, threshold (nats)
+State = tuple[float, float, float]
+_BRANCH = KINDS.index(Branch)
+
+# what a row that asks for nothing has in each column
+_NOTHING = {
+    "kind": -1,  # int64 [B, F], index into KINDS
+    "parameters": 1,  # float64 [B, F, P]
+    "scale": 1,  # float64 [B, F]
+    "start": 1,  # int64 [B]: a token sampled after position p has t = p + start
+    # only where some row has state
+    "slot": -1,  # int64 [B], line of `memory`; the last one belongs to rows without state
+    "first": -1,  # int64 [B], position after which `initial` holds instead of `memory`
+    "initial": 0,  # float32 [B, STATE_SIZE]
+    "restarts": -1,  # int64 [B, M], marks that restart the clock
+    "ends": -1,  # int64 [B, M], marks that end thinking
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +52,24 @@ class RowRequest:
 
     num_prompt_tokens: int
     annealing: Annealing | None = None
-    entropies: bool = False
+    arrays: bool = True  # record what the sampler did
+    entropies: bool = False  # and the entropies too
+
+    @property
+    def has_state(self) -> bool:
+        return self.annealing is not None and self.annealing.has_state
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row with state stands: its slot, and where it begins or goes on."""
+
+    slot: int
+    first: int
+    initial: State
+
+
+NO_PLACE = Place(-1, -1, (0.0, 0.0, 0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,56 +80,156 @@ class AnnealedRows:
     """
 
     requests: tuple[RowRequest | None, ...]
-    parameters: Tensor  # float64 [B, 4], see ead_temperatures
-    start: Tensor  # int64 [B]: a token sampled after position p has t = p + start
-    annealed: Tensor  # bool [B]
+    columns: dict[str, Tensor]  # see _NOTHING
+    memory: Tensor | None = None  # float32 [slots + 1, STATE_SIZE]; None while no row has state
 
     @classmethod
     def build(
-        cls, requests: Sequence[RowRequest | None], device: torch.device | str
+        cls,
+        requests: Sequence[RowRequest | None],
+        device: torch.device | str,
+        places: Sequence[Place] = (),
+        memory: Tensor | None = None,
     ) -> AnnealedRows | None:
-        """Rows for a new batch; None when no request asks for anything."""
+        """Rows for a new batch; None when no request asks for anything.
+
+        places, memory: needed when a request has state.
+        """
         if not any(requests):
             return None
-        parameters, start, annealed = [], [], []
+        kinds, parameters, scales, start = [], [], [], []
         for request in requests:
             schedule = request.annealing if request else None
-            parameters.append(schedule.parameters() if schedule else (1.0, 1.0, 1.0, 0.0))
+            phases = schedule.phases() if schedule else ()
+            rest = PHASES - len(phases)
+            kinds.append([KINDS.index(type(phase)) for phase in phases] + [-1] * rest)
+            numbers = [phase.parameters() for phase in phases] + [()] * rest
+            parameters.append([[*row, *[1.0] * (WIDTH - len(row))] for row in numbers])
+            scales.append([phase.scale() for phase in phases] + [1.0] * rest)
             offset = schedule.position_offset if schedule else 0
             start.append(offset + 1 - (request.num_prompt_tokens if request else 0))
-            annealed.append(schedule is not None)
-        return cls(
-            requests=tuple(requests),
-            parameters=_to_device(parameters, torch.float64, device),
-            start=_to_device(start, torch.int64, device),
-            annealed=_to_device(annealed, torch.bool, device),
+        columns = {
+            "kind": _to_device(kinds, torch.int64, device),
+            "parameters": _to_device(parameters, torch.float64, device),
+            "scale": _to_device(scales, torch.float64, device),
+            "start": _to_device(start, torch.int64, device),
+        }
+        if memory is None or not any(request.has_state for request in requests if request):
+            return cls(tuple(requests), columns)
+        columns |= {
+            "slot": _to_device([place.slot for place in places], torch.int64, device),
+            "first": _to_device([place.first for place in places], torch.int64, device),
+            "initial": _to_device([place.initial for place in places], torch.float32, device),
+            "restarts": _marks(requests, "restart_token_ids", device),
+            "ends": _marks(requests, "end_of_thinking_token_ids", device),
+        }
+        return cls(tuple(requests), columns, memory)
+
+    # --- known on the host, worked out when the batch changes --------------------------------
+
+    @cached_property
+    def records(self) -> bool:
+        """Whether any request wants what the sampler did."""
+        return any(request.arrays for request in self.requests if request)
+
+    @cached_property
+    def wants_entropies(self) -> bool:
+        """Whether a request wants entropies or a schedule depends on them."""
+        return any(
+            (request.arrays and request.entropies)
+            or (request.annealing is not None and _uses_entropy(request.annealing))
+            for request in self.requests
+            if request
         )
 
-    @property
-    def wants_entropies(self) -> bool:
-        return any(request.entropies for request in self.requests if request)
+    @cached_property
+    def _kinds(self) -> tuple[int, ...]:
+        """The kinds present, in any phase."""
+        schedules = [request.annealing for request in self.requests if request]
+        phases = [phase for schedule in schedules if schedule for phase in schedule.phases()]
+        return tuple(sorted({KINDS.index(type(phase)) for phase in phases}))
 
-    def temperatures(self, positions: Tensor, fixed: Tensor) -> Tensor:
-        """tau of the tokens now being sampled: float32 [B, 1]. No host-device synchronisation.
+    @cached_property
+    def _all_annealed(self) -> bool:
+        return all(request is not None and request.annealing for request in self.requests)
+
+    @cached_property
+    def _scaled(self) -> bool:
+        schedules = [request.annealing for request in self.requests if request]
+        phases = [phase for schedule in schedules if schedule for phase in schedule.phases()]
+        return any(getattr(phase, "mean_matched", None) for phase in phases)
+
+    # --- one step, without host-device synchronisation ---------------------------------------
+
+    def temperatures(
+        self, positions: Tensor, fixed: Tensor, entropies: Tensor | None = None
+    ) -> Tensor:
+        """tau of the tokens now being sampled: float32 [B, 1].
 
         positions: int [B], position of the last token fed to the model, prompt included.
         fixed: float32 [B, 1], the requests' own temperatures, kept where nothing is annealed.
+        entropies: float [B], nats, of the model's next-token distribution; needed when
+        `wants_entropies`.
         """
-        t = positions.to(torch.int64) + self.start
-        scheduled = ead_temperatures(t, self.parameters).to(fixed.dtype)
-        return torch.where(self.annealed, scheduled, fixed.view(-1)).view(-1, 1)
+        if not self._kinds:
+            return fixed
+        t = (positions + self.columns["start"]).double()
+        kind, parameters, scale = (self.columns[n] for n in ("kind", "parameters", "scale"))
+        if self.memory is None:
+            kind, parameters, scale = kind[:, 0], parameters[:, 0], scale[:, 0]
+        else:
+            origin, phase, threshold = self._state(positions).double().unbind(1)
+            t = t - origin
+            row, phase = torch.arange(len(t), device=t.device), phase.long()
+            kind, parameters, scale = kind[row, phase], parameters[row, phase], scale[row, phase]
+            parameters[:, 2] = torch.where(kind == _BRANCH, threshold, parameters[:, 2])
+        entropy = t if entropies is None else entropies.double()  # no kind looks at it if None
+        first, *others = self._kinds
+        tau = KINDS[first].evaluate(t, parameters, entropy)
+        for other in others:
+            tau = torch.where(kind == other, KINDS[other].evaluate(t, parameters, entropy), tau)
+        if self._scaled:
+            tau = tau * scale
+        tau = tau.to(fixed.dtype)
+        if not self._all_annealed:
+            tau = torch.where(kind >= 0, tau, fixed.view(-1))
+        return tau.view(-1, 1)
+
+    def remember(self, positions: Tensor, token_ids: Tensor, entropies: Tensor | None) -> Tensor:
+        """Take in the tokens just sampled: float32 [B, STATE_SIZE], what holds after them.
+
+        Arguments as in `temperatures`; token_ids: int [B]. Only where `memory` is not None.
+        """
+        assert self.memory is not None
+        origin, phase, threshold = self._state(positions).double().unbind(1)
+        tokens = token_ids.view(-1, 1)
+        thinking = phase == 0
+        ended = (tokens == self.columns["ends"]).any(1) & thinking
+        restarted = (tokens == self.columns["restarts"]).any(1) & thinking | ended
+        origin = torch.where(restarted, (positions + self.columns["start"] + 1).double(), origin)
+        phase = torch.where(ended, 1.0, phase)
+        if _BRANCH in self._kinds and entropies is not None:
+            parameters = self.columns["parameters"][:, 0]
+            moved = Branch.next_threshold(threshold, parameters, entropies.double())
+            threshold = torch.where(self.columns["kind"][:, 0] == _BRANCH, moved, threshold)
+        state = torch.stack([origin, phase, threshold], dim=1).float()
+        self.memory.index_put_((self.columns["slot"],), state)
+        return state
+
+    def _state(self, positions: Tensor) -> Tensor:
+        assert self.memory is not None
+        begins = (positions == self.columns["first"]).unsqueeze(1)
+        return torch.where(begins, self.columns["initial"], self.memory[self.columns["slot"]])
+
+    # --- rows follow the batch ---------------------------------------------------------------
 
     def filter(self, keep: Sequence[int], keep_device: Tensor) -> AnnealedRows | None:
         """The rows `keep` (the same indices on the host and the device), in that order."""
         requests = tuple(self.requests[i] for i in keep)
         if not any(requests):
             return None
-        return AnnealedRows(
-            requests,
-            self.parameters[keep_device],
-            self.start[keep_device],
-            self.annealed[keep_device],
-        )
+        columns = {name: column[keep_device] for name, column in self.columns.items()}
+        return AnnealedRows(requests, columns, self.memory)
 
     @staticmethod
     def merge(
@@ -93,25 +241,55 @@ class AnnealedRows:
         """Rows of `left` followed by rows of `right`, either of which may hold nothing."""
         if left is None and right is None:
             return None
-        left = left or _empty_rows(num_left, right)
-        right = right or _empty_rows(num_right, left)
+        columns_left = left.columns if left else {}
+        columns_right = right.columns if right else {}
+        columns = {
+            name: _cat(name, columns_left.get(name), columns_right.get(name), num_left, num_right)
+            for name in _NOTHING
+            if name in columns_left or name in columns_right
+        }
+        memories = [rows.memory for rows in (left, right) if rows and rows.memory is not None]
         return AnnealedRows(
-            left.requests + right.requests,
-            torch.cat([left.parameters, right.parameters]),
-            torch.cat([left.start, right.start]),
-            torch.cat([left.annealed, right.annealed]),
+            (left.requests if left else (None,) * num_left)
+            + (right.requests if right else (None,) * num_right),
+            columns,
+            memories[0] if memories else None,
         )
 
 
-def _empty_rows(count: int, like: AnnealedRows | None) -> AnnealedRows:
-    """`count` rows that ask for nothing, on the device of `like`."""
-    assert like is not None
-    return AnnealedRows(
-        (None,) * count,
-        like.parameters.new_ones((count, like.parameters.shape[1])),
-        like.start.new_ones(count),
-        like.annealed.new_zeros(count),
-    )
+def _uses_entropy(schedule: Annealing) -> bool:
+    return any(phase.uses_entropy for phase in schedule.phases())
+
+
+def _cat(
+    name: str, left: Tensor | None, right: Tensor | None, num_left: int, num_right: int
+) -> Tensor:
+    """Two columns, one of which may be missing or narrower, one after the other."""
+    fill = _NOTHING[name]
+    if left is None:
+        assert right is not None
+        left = right.new_full((num_left, *right.shape[1:]), fill)
+    if right is None:
+        right = left.new_full((num_right, *left.shape[1:]), fill)
+    if left.dim() == 2 and left.shape[1] != right.shape[1]:  # marks
+        width = max(left.shape[1], right.shape[1])
+        left, right = (
+            torch.nn.functional.pad(column, (0, width - column.shape[1]), value=fill)
+            for column in (left, right)
+        )
+    return torch.cat([left, right])
+
+
+def _marks(requests: Sequence[RowRequest | None], name: str, device: torch.device | str) -> Tensor:
+    """Token ids of each row's marks: int64 [B, M], padded with -1, M at least 1."""
+    ids = [
+        getattr(request.annealing, name)
+        if request is not None and isinstance(request.annealing, Segment)
+        else []
+        for request in requests
+    ]
+    width = max(1, *map(len, ids))
+    return _to_device([[*row, *[-1] * (width - len(row))] for row in ids], torch.int64, device)
 
 
 def _to_device(values: list, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, asked
-from ead_sampler.rows import AnnealedRows, RowRequest
+from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, asked, wants_arrays
+from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
 from ead_sampler.schedule import AnnealingError, parse_annealing
 
 logger = logging.getLogger(__name__)
 
 ROWS = "ead_rows"  # attribute of SamplingBatchInfo: AnnealedRows or absent
 REQUEST = "ead_request"  # attribute of Req: RowRequest or None
-MODEL_LOGITS = "ead_model_logits"  # attribute of SamplingBatchInfo during one step: float32 [B, V]
+STATE = "ead_state"  # attribute of Req: State after its last committed token, or absent
+MEMORY = "ead_memory"  # attribute of ReqToTokenPool: AnnealedRows.memory
+MODEL_LOGPROBS = "ead_model_logprobs"  # attribute of SamplingBatchInfo in one step: float32 [B, V]
 
 
 # --- the rows follow the batch -------------------------------------------------------------
@@ -33,7 +35,35 @@ MODEL_LOGITS = "ead_model_logits"  # attribute of SamplingBatchInfo during one s
 def build_rows(result: None, info: Any, batch: Any, vocab_size: int) -> None:
     """AFTER SamplingBatchInfo.adjusted_from_schedule_batch."""
     requests = [_asked_of(req) for req in batch.reqs]
-    setattr(info, ROWS, AnnealedRows.build(requests, info.device))
+    if any(request.has_state for request in requests if request):
+        places = [_place(req, asked) for req, asked in zip(batch.reqs, requests, strict=True)]
+        rows = AnnealedRows.build(requests, info.device, places, _memory(batch))
+    else:
+        rows = AnnealedRows.build(requests, info.device)
+    setattr(info, ROWS, rows)
+
+
+def _place(req: Any, request: RowRequest | None) -> Place:
+    """Where a request that is about to be prefilled stands, for the first time or again."""
+    if request is None or request.annealing is None or not request.has_state:
+        return NO_PLACE
+    initial = getattr(req, STATE, None)
+    if initial is None:
+        offset = request.annealing.position_offset
+        generated = list(req.origin_input_ids[-offset:]) if offset else []
+        initial = request.annealing.initial_state(generated)
+    first = len(req.origin_input_ids) + len(req.output_ids) - 1
+    return Place(req.req_pool_idx, first, initial)
+
+
+def _memory(batch: Any) -> Tensor:
+    """One line of state per slot that SGLang gives to running requests, and one for the rest."""
+    pool = batch.req_to_token_pool
+    if not hasattr(pool, MEMORY):
+        slots = pool.req_to_token.shape[0]
+        setattr(pool, MEMORY, torch.zeros(slots + 1, STATE_SIZE, device=batch.device))
+    memory: Tensor = getattr(pool, MEMORY)
+    return memory
 
 
 def filter_rows(result: None, info: Any, keep: list[int], keep_device: Tensor) -> None:
@@ -77,6 +107,7 @@ def _row_request(req: Any) -> RowRequest | None:
     return RowRequest(
         num_prompt_tokens=len(req.origin_input_ids),
         annealing=annealing,
+        arrays=wants_arrays(custom),
         entropies=isinstance(rollout, dict) and bool(rollout.get(ENTROPIES)),
     )
 
@@ -84,15 +115,18 @@ def _row_request(req: Any) -> RowRequest | None:
 # --- one step of the sampler ---------------------------------------------------------------
 
 
-def keep_model_logits(
+def keep_model_logprobs(
     runner: Any, logits_output: Any, info: Any, *args: Any, **kwargs: Any
 ) -> None:
     """BEFORE ModelRunner._preprocess_logits, which adds penalties, bias and grammar masks.
 
-    The sampler then overwrites the logits in place, so what the model said is copied first.
+    The sampler then overwrites the logits in place, so what the model said is worked out first:
+    one pass, from which log-probabilities and entropies are both read.
     """
-    if getattr(info, ROWS, None) is not None:
-        setattr(info, MODEL_LOGITS, logits_output.next_token_logits.float().clone())
+    rows: AnnealedRows | None = getattr(info, ROWS, None)
+    if rows is not None and (rows.records or rows.wants_entropies):
+        logits = logits_output.next_token_logits.float()
+        setattr(info, MODEL_LOGPROBS, torch.log_softmax(logits, dim=-1))
 
 
 def sample(
@@ -116,33 +150,46 @@ def sample(
     if rows is None:
         return original(sampler, *arguments, positions, **kwargs)
 
+    model_logprobs: Tensor | None = vars(info).pop(MODEL_LOGPROBS, None)
+    entropies = None
+    if rows.wants_entropies and model_logprobs is not None:
+        entropies = entropy_of(model_logprobs)
     fixed = info.temperatures
-    info.temperatures = rows.temperatures(positions, fixed)
+    info.temperatures = rows.temperatures(positions, fixed, entropies)
     try:
         token_ids = original(sampler, *arguments, positions, **kwargs)
-        values = _sampled_values(logits_output.next_token_logits, token_ids, info, rows)
+        values, state = None, None
+        if rows.records and model_logprobs is not None:
+            sampled = logits_output.next_token_logits
+            values = _sampled_values(sampled, token_ids, info, model_logprobs, entropies)
+        if rows.memory is not None:
+            state = rows.remember(positions, token_ids, entropies)
     finally:
         info.temperatures = fixed
 
-    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+    if values is not None or state is not None:
+        from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
-    logits_output.auxiliary_device_output = append_auxiliary_output(
-        logits_output.auxiliary_device_output, SampledOnDevice(values)
-    )
+        logits_output.auxiliary_device_output = append_auxiliary_output(
+            logits_output.auxiliary_device_output, SampledOnDevice(values, state)
+        )
     return token_ids
 
 
-def _sampled_values(sampled: Tensor, token_ids: Tensor, info: Any, rows: AnnealedRows) -> Tensor:
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0."""
+    return -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp(min=-1e30))
+
+
+def _sampled_values(
+    sampled: Tensor, token_ids: Tensor, info: Any, model_logprobs: Tensor, entropies: Tensor | None
+) -> Tensor:
     """float32 [B, 4] on the device: temperature, behaviour and model log-probability, entropy.
 
     sampled: [B, V], what SGLang's sampler left behind: probabilities at tau (it computes softmax
-    in place), or untouched logits when the whole batch is greedy.
+    in place), or untouched logits when the whole batch is greedy. model_logprobs: float32 [B, V].
     """
-    model_logits = vars(info).pop(MODEL_LOGITS)
     chosen = token_ids.to(torch.int64).view(-1, 1)
-    log_normaliser = torch.logsumexp(model_logits, dim=-1)
-    model_logprobs = model_logits.gather(1, chosen).squeeze(1) - log_normaliser
-
     temperatures = info.temperatures.view(-1)
     if info.is_all_greedy:
         logprobs = torch.zeros_like(temperatures)
@@ -157,12 +204,10 @@ def _sampled_values(sampled: Tensor, token_ids: Tensor, info: Any, rows: Anneale
         greedy = info.top_ks <= 1
         temperatures = torch.where(greedy, 0.0, temperatures)
         logprobs = torch.where(greedy, 0.0, logprobs)
-
-    if rows.wants_entropies:
-        entropies = torch.special.entr(torch.softmax(model_logits, dim=-1)).sum(-1)
-    else:
+    if entropies is None:
         entropies = torch.zeros_like(temperatures)
-    return torch.stack([temperatures, logprobs, model_logprobs, entropies], dim=1)
+    model = model_logprobs.gather(1, chosen).squeeze(1)
+    return torch.stack([temperatures, logprobs, model, entropies], dim=1)
 
 
 def kept_mass(
@@ -195,20 +240,24 @@ def _renormalises(info: Any) -> bool:
 
 
 class SampledOnDevice:
-    """One step's values on the device (SGLang's DeviceAuxiliaryOutput)."""
+    """One step's values and state on the device (SGLang's DeviceAuxiliaryOutput)."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, values: Tensor | None, state: Tensor | None) -> None:
+        self.values = values  # float32 [B, 4], see _sampled_values
+        self.state = state  # float32 [B, 3], see AnnealedRows.remember
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> SampledOnHost:
-        return SampledOnHost(copy_tensor(self.values))
+        return SampledOnHost(
+            *(None if t is None else copy_tensor(t) for t in (self.values, self.state))
+        )
 
 
 class SampledOnHost:
-    """One step's values on the host (SGLang's HostAuxiliaryOutput)."""
+    """One step's values and state on the host (SGLang's HostAuxiliaryOutput)."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor | None, state: Tensor | None) -> None:
         self.values = values
+        self.state = state
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Append to each request the values of the token just committed to it.
@@ -216,9 +265,16 @@ class SampledOnHost:
         `commits[i].output_index` is that token's index: cutting the lists there keeps them right
         when SGLang generates a token again (a retracted request with input embeddings).
         """
-        for req, commit, row in zip(batch.reqs, commits, self.values.tolist(), strict=True):
+        nothing = [None] * len(batch.reqs)
+        values = nothing if self.values is None else self.values.tolist()
+        states = nothing if self.state is None else self.state.tolist()
+        for req, commit, row, state in zip(batch.reqs, commits, values, states, strict=True):
             request = _asked_of(req) if commit is not None else None
             if request is None:
+                continue
+            if request.has_state and state is not None:
+                setattr(req, STATE, tuple(state))
+            if not request.arrays or row is None:
                 continue
             if req.customized_info is None:
                 req.customized_info = {}

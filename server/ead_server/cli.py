@@ -30,6 +30,7 @@ def serve(context: typer.Context) -> None:
     """Start the extended SGLang server. Every SGLang flag is passed on.
 
     Without --model-path it serves SmolLM2-135M-Instruct; without a GPU it runs on the CPU.
+    --annealing JSON anneals every request that does not say otherwise.
 
     Example: ead serve --model-path Qwen/Qwen2.5-1.5B-Instruct --port 30000
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
 from ead_sampler import device
+from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing
 from ead_server.process import hold_port
 
 DEFAULT_MODEL = "smollm2"
@@ -23,12 +25,17 @@ _CPU_FLAGS = (
 
 
 def serve(arguments: list[str]) -> None:
-    """Run the server until it is stopped. `arguments` are SGLang's, all passed on.
+    """Run the server until it is stopped.
+
+    arguments: SGLang's, all passed on, and `--annealing JSON`, the schedule of requests without.
 
     Before any model is loaded, raises SystemExit when this SGLang cannot be extended, and
     ServerFailed when the port is taken.
     """
     print(f"ead: device: {device.choose()}", file=sys.stderr, flush=True)
+    arguments, annealing = without_annealing(arguments)
+    if annealing is not None:
+        os.environ[DEFAULT_ANNEALING] = annealing
     arguments = with_defaults(arguments, cpu=device.is_cpu())
 
     from sglang.srt.plugins import load_plugins
@@ -45,6 +52,8 @@ def serve(arguments: list[str]) -> None:
         file=sys.stderr,
         flush=True,
     )
+    if default_annealing() is not None:
+        print(f"ead: default schedule: {json.dumps(default_annealing())}", file=sys.stderr)
 
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
@@ -57,6 +66,16 @@ def serve(arguments: list[str]) -> None:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def without_annealing(arguments: list[str]) -> tuple[list[str], str | None]:
+    """SGLang's arguments, and the value of ours, `--annealing`, if it is among them."""
+    at = next((i for i, a in enumerate(arguments) if _flag(a) == "--annealing"), None)
+    if at is None:
+        return arguments, None
+    value = _value(arguments, at)
+    width = 1 if "=" in arguments[at] else 2
+    return [*arguments[:at], *arguments[at + width :]], value
 
 
 def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:

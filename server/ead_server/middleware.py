@@ -12,8 +12,17 @@ from typing import Any
 
 import orjson
 
-from ead_sampler.requests import ANNEALING, ROLLOUT, into_custom_params, observe_items
+from ead_sampler.defaults import default_annealing
+from ead_sampler.requests import (
+    ANNEALING,
+    ROLLOUT,
+    into_custom_params,
+    observe_items,
+    wants_arrays,
+    with_default,
+)
 from ead_sampler.schedule import AnnealingError
+from ead_server.errors import as_openai_error, openai_error
 from ead_server.rollout import Recorder
 
 Json = dict[str, Any]
@@ -27,11 +36,14 @@ _FIELDS = (ANNEALING.encode(), ROLLOUT.encode())
 
 
 def install() -> None:
-    """Put the middleware around SGLang's FastAPI app, once."""
+    """Put the middleware around SGLang's FastAPI app, and our routes on it, once."""
     from sglang.srt.entrypoints.http_server import app
+
+    from ead_server.routes import router
 
     if not any(added.cls is AnnealingMiddleware for added in app.user_middleware):
         app.add_middleware(AnnealingMiddleware)
+        app.include_router(router)
 
 
 class AnnealingMiddleware:
@@ -48,7 +60,7 @@ class AnnealingMiddleware:
         body = await _read_body(receive)
         if body is None:  # the client is gone
             return
-        if not any(field in body for field in _FIELDS):
+        if not any(field in body for field in _FIELDS) and default_annealing() is None:
             await self.app(scope, _replay(body, receive), send)
             return
         try:
@@ -67,7 +79,8 @@ class AnnealingMiddleware:
 
         scope = {**scope, "headers": _without_length(scope["headers"])}
         receive = _replay(orjson.dumps(rewritten), receive)
-        if path not in OPENAI_ROUTES:  # /generate carries the arrays in meta_info
+        if path not in OPENAI_ROUTES or not wants_arrays(rewritten["custom_params"]):
+            # nothing to add: /generate carries the arrays in meta_info
             await self.app(scope, receive, _OpenAIErrors(send))
             return
         recorder = Recorder()
@@ -94,7 +107,7 @@ def _rewrite(path: str, request: Any) -> Any:
     if not isinstance(request, dict):
         return request
     if path in OPENAI_ROUTES:
-        return into_custom_params(_from_template_kwargs(request))
+        return into_custom_params(with_default(_from_template_kwargs(request)))
     params = request.get("sampling_params")
     if isinstance(params, dict):
         rewritten: Any = into_custom_params(params)
@@ -164,7 +177,7 @@ class _OpenAIErrors:
         else:
             self.body += message.get("body", b"")
             if not message.get("more_body", False):
-                await _send_body(self.send, self.start, orjson.dumps(_openai_error(self.body)))
+                await _send_body(self.send, self.start, orjson.dumps(as_openai_error(self.body)))
 
 
 class _Enriched:
@@ -199,7 +212,7 @@ class _Enriched:
 
     def _whole(self, body: bytes) -> bytes:
         if self.start["status"] >= 400:
-            return orjson.dumps(_openai_error(body))
+            return orjson.dumps(as_openai_error(body))
         answer = orjson.loads(body)
         for choice in answer.get("choices") or ():
             index = choice["index"]
@@ -214,7 +227,7 @@ class _Enriched:
             return line
         chunk = orjson.loads(line[len(b"data: ") :])
         if chunk.get("object") == "error":
-            return b"data: " + orjson.dumps(_openai_error(line[len(b"data: ") :]))
+            return b"data: " + orjson.dumps(as_openai_error(line[len(b"data: ") :]))
         for choice in chunk.get("choices") or ():
             index, last = choice["index"], choice.get("finish_reason") is not None
             self.recorder.enrich_logprobs(index, choice.get("logprobs"))
@@ -232,33 +245,9 @@ def _opens_message(choice: Json) -> bool:
     return isinstance(delta, dict) and bool(delta.get("role")) and not delta.get("content")
 
 
-def _openai_error(body: bytes) -> Json:
-    """SGLang's error body, in whichever of its shapes, as OpenAI's {"error": {...}}."""
-    try:
-        parsed = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        parsed = body.decode(errors="replace")
-    error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
-    if not isinstance(error, dict):
-        error = {"message": str(error)}
-    message = str(error.get("message") or error.get("detail") or error)
-    return _error(message, error.get("param"), error.get("type"), error.get("code"))
-
-
-def _error(message: str, param: str | None, kind: str | None = None, code: Any = None) -> Json:
-    return {
-        "error": {
-            "message": message,
-            "type": kind or "invalid_request_error",
-            "param": param,
-            "code": code,
-        }
-    }
-
-
 async def _send_error(send: Send, message: str, param: str | None) -> None:
     start = {"type": "http.response.start", "status": 400, "headers": []}
-    await _send_body(send, start, orjson.dumps(_error(message, param, code=400)))
+    await _send_body(send, start, orjson.dumps(openai_error(message, param, code=400)))
 
 
 async def _send_body(send: Send, start: Message, body: bytes) -> None:

@@ -1,0 +1,34 @@
+"""OpenAI's error shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+
+def openai_error(
+    message: str, param: str | None, kind: str | None = None, code: Any = None
+) -> dict[str, Any]:
+    """An error body as OpenAI clients expect it."""
+    return {
+        "error": {
+            "message": message,
+            "type": kind or "invalid_request_error",
+            "param": param,
+            "code": code,
+        }
+    }
+
+
+def as_openai_error(body: bytes) -> dict[str, Any]:
+    """SGLang's error body, in whichever of its shapes, as OpenAI's {"error": {...}}."""
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        parsed = body.decode(errors="replace")
+    error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
+    if not isinstance(error, dict):
+        error = {"message": str(error)}
+    message = str(error.get("message") or error.get("detail") or error)
+    return openai_error(message, error.get("param"), error.get("type"), error.get("code"))
