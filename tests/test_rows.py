@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_schedule import closed_form, schedules
+from test_kinds import FORMULAS, STATELESS, raw_schedules
 
-from ead_sampler import Annealing
-from ead_sampler.rows import AnnealedRows, RowRequest
+from ead_sampler import Annealing, parse_annealing
+from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
 from ead_sampler.sampling import kept_mass
+
+
+def tau_of(schedule: Annealing, t: int, entropy: float) -> float:
+    raw = schedule.model_dump(exclude_unset=True)
+    return FORMULAS[schedule.schedule](t, raw, entropy) * schedule.scale()
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,22 @@ class Row:
     request: RowRequest | None
     fixed: float
     position: int  # of the last token fed
+    entropy: float
 
     def temperature(self) -> float:
         if self.request is None or self.request.annealing is None:
             return self.fixed
         schedule = self.request.annealing
         t = self.position + 1 - self.request.num_prompt_tokens + schedule.position_offset
-        return closed_form(t, schedule)
+        return tau_of(schedule, t, self.entropy)
+
+
+stateless = st.builds(
+    lambda raw, step, offset: parse_annealing({**raw, "step": step, "position_offset": offset}),
+    raw_schedules(STATELESS),
+    st.integers(0, 1000),
+    st.integers(0, 3000),
+)
 
 
 @st.composite
@@ -39,12 +54,16 @@ def row(draw: st.DrawFn) -> Row:
         | st.builds(
             RowRequest,
             num_prompt_tokens=st.just(prompt),
-            annealing=st.none() | schedules,
+            annealing=st.none() | stateless,
+            arrays=st.booleans(),
             entropies=st.booleans(),
         )
     )
     return Row(
-        request, draw(st.floats(0.125, 2.0, width=32)), prompt - 1 + draw(st.integers(0, 4000))
+        request,
+        draw(st.floats(0.125, 2.0, width=32)),
+        prompt - 1 + draw(st.integers(0, 4000)),
+        draw(st.floats(0.0, 12.0)),
     )
 
 
@@ -57,9 +76,16 @@ def check(rows: AnnealedRows | None, expected: list[Row]) -> None:
         return
     assert rows is not None
     assert list(rows.requests) == [r.request for r in expected]
-    assert rows.wants_entropies == any(r.request.entropies for r in expected if r.request)
+    asked = [r.request for r in expected if r.request]
+    assert rows.records == any(request.arrays for request in asked)
+    assert rows.wants_entropies == any(
+        (request.arrays and request.entropies)
+        or (request.annealing is not None and "entropy" in request.annealing.schedule)
+        for request in asked
+    )
     fixed = torch.tensor([[r.fixed] for r in expected])
-    tau = rows.temperatures(torch.tensor([r.position for r in expected]), fixed)
+    entropies = torch.tensor([r.entropy for r in expected], dtype=torch.float64)
+    tau = rows.temperatures(torch.tensor([r.position for r in expected]), fixed, entropies)
     assert tau.shape == fixed.shape
     assert tau.dtype == torch.float32
     want = [r.temperature() for r in expected]
@@ -85,6 +111,126 @@ def test_rows_follow_every_filter_and_merge(
 
     again = AnnealedRows.merge(filtered, a, len(keep), len(left))
     check(again, [both[i] for i in keep] + left)
+
+
+# --- rows with state ---------------------------------------------------------------------------
+
+
+class Story:
+    """One request's life: what it generated, and its state worked out again from the beginning."""
+
+    def __init__(self, request: RowRequest | None, prompt: int) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.entropies: list[float] = []
+        self.slot = -1
+        self.state: tuple[float, float, float] | None = None  # as the host last saw it
+
+    def place(self) -> Place:
+        if self.request is None or not self.request.has_state:
+            return NO_PLACE
+        assert self.request.annealing is not None
+        initial = self.state or self.request.annealing.initial_state([])
+        return Place(self.slot, self.prompt + len(self.tokens) - 1, initial)
+
+    def temperature(self, entropy: float) -> float:
+        """tau of the next token; 0.5 is every plain row's own."""
+        schedule = self.request.annealing if self.request else None
+        if schedule is None:
+            return 0.5
+        origin, part = 0, schedule
+        if schedule.schedule == "segment":
+            part = schedule.thinking
+            for t, token in enumerate(self.tokens):
+                if token in schedule.end_of_thinking_token_ids:
+                    origin, part = t + 1, schedule.answer
+                    break
+                if token in schedule.restart_token_ids:
+                    origin = t + 1
+        if schedule.schedule == "branch":
+            threshold = schedule.threshold
+            for seen in self.entropies:
+                threshold += schedule.rate * ((seen > threshold) - schedule.top)
+            return schedule.tau_max if entropy > threshold else schedule.tau_min
+        return tau_of(part, len(self.tokens) - origin, entropy)
+
+
+# sharp enough that a clock off by one token shows
+SEGMENT = {
+    "schedule": "segment",
+    "thinking": {"schedule": "linear", "length": 20},
+    "restart_token_ids": [1, 2],
+    "answer": {"schedule": "linear", "tau_max": 0.9, "length": 30},
+    "end_of_thinking_token_ids": [3],
+}
+asks = st.none() | st.builds(
+    RowRequest,
+    num_prompt_tokens=st.just(0),
+    annealing=st.one_of(
+        st.just(SEGMENT), st.just({"schedule": "branch", "rate": 0.5}), raw_schedules()
+    ).map(parse_annealing),
+)
+
+
+@given(st.lists(asks, min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_clocks_phases_and_thresholds_survive_batching_and_retraction(
+    requests: list[RowRequest | None], random: Random
+) -> None:
+    """Requests come, finish and are retracted in random order; slots are used again at once."""
+    memory = torch.zeros(4 + 1, STATE_SIZE)
+    free = [0, 1, 2, 3]
+    waiting = []
+    for request in requests:
+        prompt = random.randint(1, 20)
+        asked = request and replace(request, num_prompt_tokens=prompt)
+        waiting.append(Story(asked, prompt))
+    running: list[Story] = []
+    rows: AnnealedRows | None = None
+
+    def step(batch: list[Story], rows: AnnealedRows | None) -> None:
+        """One sampling step; the rows object may be used by a batch that changed since."""
+        positions = torch.tensor([story.prompt + len(story.tokens) - 1 for story in batch])
+        # multiples of 1/64, that neither float32 nor the order of additions can move
+        entropies = [random.randint(0, 640) / 64 for _ in batch]
+        tokens = [random.randint(0, 14) for _ in batch]
+        if rows is None:
+            assert not any(story.request for story in batch)
+        else:
+            h = torch.tensor(entropies)
+            tau = rows.temperatures(positions, torch.full((len(batch), 1), 0.5), h)
+            want = [story.temperature(e) for story, e in zip(batch, entropies, strict=True)]
+            assert tau.flatten().tolist() == pytest.approx(want, rel=1e-5)
+            if rows.memory is not None:
+                after = rows.remember(positions, torch.tensor(tokens), h)
+                for story, state in zip(batch, after.tolist(), strict=True):
+                    story.state = (state[0], state[1], state[2])
+        for story, token, entropy in zip(batch, tokens, entropies, strict=True):
+            story.tokens.append(token)
+            story.entropies.append(entropy)
+
+    for _ in range(60):
+        if waiting and free and random.random() < 0.5:
+            new = [waiting.pop(0) for _ in range(random.randint(1, min(len(waiting), len(free))))]
+            for story in new:
+                story.slot = free.pop(0)
+            prefilled = AnnealedRows.build(
+                [story.request for story in new], "cpu", [story.place() for story in new], memory
+            )
+            step(new, prefilled)
+            rows = AnnealedRows.merge(rows, prefilled, len(running), len(new))
+            running = running + new
+        if running and random.random() < 0.3:
+            leaving = random.randrange(len(running))
+            keep = [i for i in range(len(running)) if i != leaving]
+            story = running[leaving]
+            free.append(story.slot)
+            if random.random() < 0.7:
+                waiting.append(story)  # retracted: prefilled again later
+            rows = rows.filter(keep, torch.tensor(keep, dtype=torch.long)) if rows else None
+            running = [running[i] for i in keep]
+        if running:
+            step(running, rows)
 
 
 def naive_kept_mass(
@@ -131,14 +277,21 @@ def test_nothing_waits_for_the_gpu() -> None:
     """One step's work on our side, with every host-device synchronisation made an error."""
     from types import SimpleNamespace
 
-    from ead_sampler.sampling import MODEL_LOGITS, _sampled_values
+    from ead_sampler.sampling import _sampled_values, entropy_of
 
-    schedule = Annealing.model_validate({"step": 0})
-    rows = AnnealedRows.build(
-        [RowRequest(3, schedule, entropies=True), None, RowRequest(5)], "cuda"
-    )
+    schedules = [
+        {"step": 0},
+        {"schedule": "piecewise", "knots": [[0, 1.0], [50, 0.5]]},
+        {"schedule": "entropy"},
+        {"schedule": "branch"},
+        {"schedule": "segment", "thinking": {}, "restart_token_ids": [2]},
+    ]
+    asked = [RowRequest(3, parse_annealing(raw), entropies=True) for raw in schedules]
+    batch, vocabulary = len(asked) + 2, 1000
+    places = [Place(slot, 7, (0.0, 0.0, 0.5)) for slot in range(batch)]
+    memory = torch.zeros(batch + 1, STATE_SIZE, device="cuda")
+    rows = AnnealedRows.build([*asked, None, RowRequest(5)], "cuda", places, memory)
     assert rows is not None
-    batch, vocabulary = 3, 1000
     logits = torch.randn(batch, vocabulary, device="cuda")
     info = SimpleNamespace(
         temperatures=torch.ones(batch, 1, device="cuda"),
@@ -151,17 +304,20 @@ def test_nothing_waits_for_the_gpu() -> None:
         need_top_k_sampling=True,
         need_min_p_sampling=False,
     )
-    setattr(info, MODEL_LOGITS, logits)
-    positions = torch.tensor([7, 8, 9], device="cuda")
-    token_ids = torch.tensor([1, 2, 3], device="cuda")
+    positions = torch.arange(batch, device="cuda") + 7
+    token_ids = torch.arange(batch, device="cuda")
     keep = [2, 0]
     keep_device = torch.tensor(keep, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        info.temperatures = rows.temperatures(positions, info.temperatures)
-        values = _sampled_values(logits.softmax(-1), token_ids, info, rows)
-        AnnealedRows.merge(rows.filter(keep, keep_device), rows, 2, 3)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        entropies = entropy_of(logprobs)
+        info.temperatures = rows.temperatures(positions, info.temperatures, entropies)
+        values = _sampled_values(logits.softmax(-1), token_ids, info, logprobs, entropies)
+        state = rows.remember(positions, token_ids, entropies)
+        AnnealedRows.merge(rows.filter(keep, keep_device), rows, 2, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(values).all()
+    assert torch.isfinite(state).all()

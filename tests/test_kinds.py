@@ -1,0 +1,400 @@
+"""Every kind of schedule against its formula in plain Python floats, one token at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ead_sampler import (
+    PRESETS,
+    REGISTRY,
+    Annealing,
+    AnnealingError,
+    parse_annealing,
+    suggest_schedule,
+)
+from ead_sampler.kinds import Branch, Segment
+
+Raw = dict[str, Any]
+
+
+# --- the formulas, written again ---------------------------------------------------------------
+
+
+def ead(t: int, raw: Raw, h: float) -> float:
+    if t < raw.get("warmup", 10):
+        return 1.0
+    return _ead_curve(t, raw)
+
+
+def _ead_curve(t: int, raw: Raw) -> float:
+    numbers = {**PRESETS[raw.get("preset") or "recipe"], **raw}
+    step = raw.get("step") or 0
+    d = min(numbers["decay"] + numbers["decay_growth"] * step, numbers["decay_cap"])
+    grown = math.exp(t / d) if t / d < 700 else math.inf
+    return max(1 + raw.get("tau_max", 1.2) - grown, raw.get("tau_min", 0.1))
+
+
+def reverse(t: int, raw: Raw, h: float) -> float:
+    if t < raw.get("warmup", 0):
+        return 1.0
+    return raw.get("tau_min", 0.1) + raw.get("tau_max", 1.2) - _ead_curve(t, raw)
+
+
+def falling(shape: Callable[[float], float]) -> Callable[[int, Raw, float], float]:
+    def tau(t: int, raw: Raw, h: float) -> float:
+        high, low = raw.get("tau_max", 1.2), raw.get("tau_min", 0.1)
+        length = raw.get("length", 512) + raw.get("length_growth", 0) * (raw.get("step") or 0)
+        return low + (high - low) * shape(t / length)
+
+    return tau
+
+
+def piecewise(t: int, raw: Raw, h: float) -> float:
+    knots = raw["knots"]
+    if t <= knots[0][0]:
+        return knots[0][1]
+    for (t0, tau0), (t1, tau1) in pairwise(knots):
+        if t <= t1:
+            return tau0 + (tau1 - tau0) * (t - t0) / (t1 - t0)
+    return knots[-1][1]
+
+
+def entropic(envelope: Callable[[int, Raw, float], float]) -> Callable[[int, Raw, float], float]:
+    def tau(t: int, raw: Raw, h: float) -> float:
+        low = raw.get("tau_min", 0.1)
+        share = min(h / raw.get("entropy_scale", 3.0), 1.0) ** raw.get("exponent", 1.0)
+        return low + (envelope(t, raw, h) - low) * share
+
+    return tau
+
+
+FORMULAS: dict[str, Callable[[int, Raw, float], float]] = {
+    "ead": ead,
+    "reverse": reverse,
+    "constant": lambda t, raw, h: raw.get("tau", 1.0),
+    "linear": falling(lambda x: 1 - min(x, 1)),
+    "cosine": falling(lambda x: (1 + math.cos(math.pi * min(x, 1))) / 2),
+    "exponential": falling(lambda x: math.exp(-x)),
+    "two_stage": lambda t, raw, h: (
+        raw.get("tau_max", 1.2) if t < raw.get("switch", 128) else raw.get("tau_min", 0.1)
+    ),
+    "piecewise": piecewise,
+    "entropy": entropic(lambda t, raw, h: raw.get("tau_max", 1.2)),
+    "ead+entropy": entropic(ead),
+    "branch": lambda t, raw, h: (
+        raw.get("tau_max", 1.2) if h > raw.get("threshold", 0.672) else raw.get("tau_min", 0.1)
+    ),
+    "segment": lambda t, raw, h: FORMULAS[raw["thinking"].get("schedule", "ead")](
+        t, {"step": raw.get("step"), **raw["thinking"]}, h
+    ),
+}
+
+
+# --- random schedules of every kind ------------------------------------------------------------
+
+_taus = st.tuples(st.floats(0.01, 10.0), st.floats(0.01, 10.0)).map(
+    lambda pair: {"tau_min": min(pair), "tau_max": max(pair)}
+)
+_ead = st.fixed_dictionaries(
+    {},
+    optional={
+        "preset": st.sampled_from(["paper", "recipe"]),
+        "decay": st.floats(0.01, 1e5),
+        "decay_growth": st.floats(0, 1e3),
+        "decay_cap": st.floats(0.01, 1e5),
+        "warmup": st.integers(0, 50),
+    },
+)
+_length = st.fixed_dictionaries(
+    {}, optional={"length": st.floats(0.01, 1e5), "length_growth": st.floats(0, 10.0)}
+)
+_entropic = st.fixed_dictionaries(
+    {}, optional={"entropy_scale": st.floats(0.01, 12), "exponent": st.floats(0.1, 4)}
+)
+_knots = st.lists(
+    st.tuples(st.integers(0, 5000), st.floats(0.01, 10)),
+    min_size=1,
+    max_size=16,
+    unique_by=lambda knot: knot[0],
+).map(lambda knots: {"knots": [[float(t), tau] for t, tau in sorted(knots)]})
+_branch = st.fixed_dictionaries(
+    {},
+    optional={
+        "top": st.floats(0.01, 0.99),
+        "threshold": st.floats(0, 3),
+        "rate": st.floats(0, 1),
+    },
+)
+_switch = st.fixed_dictionaries({"switch": st.integers(0, 2000)})
+
+_NUMBERS: dict[str, list[st.SearchStrategy[Raw]]] = {
+    "ead": [_taus, _ead],
+    "reverse": [_taus, _ead],
+    "constant": [st.fixed_dictionaries({"tau": st.floats(0.01, 10)})],
+    "linear": [_taus, _length],
+    "cosine": [_taus, _length],
+    "exponential": [_taus, _length],
+    "two_stage": [_taus, _switch],
+    "piecewise": [_knots],
+    "entropy": [_taus, _entropic],
+    "ead+entropy": [_taus, _ead, _entropic],
+    "branch": [_taus, _branch],
+}
+
+
+@st.composite
+def raw_schedules(draw: st.DrawFn, names: tuple[str, ...] = tuple(REGISTRY)) -> Raw:
+    """JSON of a schedule of any of these kinds, without step and offset."""
+    name = draw(st.sampled_from(names))
+    raw: Raw = {"schedule": name}
+    if name == "segment":
+        raw["thinking"] = draw(raw_schedules(STATELESS))
+        raw["restart_token_ids"] = draw(st.lists(st.integers(0, 9), max_size=2))
+        if draw(st.booleans()):
+            raw["answer"] = draw(raw_schedules(STATELESS))
+            raw["end_of_thinking_token_ids"] = draw(
+                st.lists(st.integers(10, 12), min_size=1, max_size=2)
+            )
+        return raw
+    for numbers in _NUMBERS[name]:
+        raw |= draw(numbers)
+    return raw
+
+
+STATELESS = tuple(name for name, kind in REGISTRY.items() if not kind.has_state)
+BY_POSITION = tuple(name for name in STATELESS if not REGISTRY[name].uses_entropy)
+
+
+def test_every_kind_has_its_formula_here() -> None:
+    assert set(FORMULAS) == set(REGISTRY) == {*_NUMBERS, "segment"}
+
+
+@given(
+    raw_schedules(),
+    st.none() | st.integers(0, 10_000),
+    st.integers(0, 3000),
+    st.lists(st.tuples(st.integers(0, 20_000), st.floats(0, 12)), min_size=1, max_size=20),
+)
+def test_every_kind_equals_its_formula(
+    raw: Raw, step: int | None, offset: int, tokens: list[tuple[int, float]]
+) -> None:
+    raw = {**raw, "step": step, "position_offset": offset}
+    expected = [FORMULAS[raw["schedule"]](t + offset, raw, h) for t, h in tokens]
+    positions = torch.tensor([t for t, _ in tokens])
+    entropies = torch.tensor([h for _, h in tokens], dtype=torch.float64)
+    schedule = parse_annealing(raw)
+    got = schedule.temperatures(positions, entropies)
+    assert got.tolist() == pytest.approx(expected, abs=1e-9)
+    low, high = schedule.bounds()
+    assert (got >= low - 1e-12).all()
+    assert (got <= high + 1e-12).all()
+    assert parse_annealing(schedule.model_dump()) == schedule  # as it travels to the scheduler
+
+
+@pytest.mark.parametrize("preset", ["recipe", "paper"])
+@pytest.mark.parametrize("step", [0, 10, 400, 10_000])
+def test_presets_at_every_position_and_training_step(preset: str, step: int) -> None:
+    """The two sets of numbers of DESIGN.md, written out here."""
+    start, growth, cap = {"recipe": (500, 100, 800_000), "paper": (25, 5, 40_000)}[preset]
+    d = min(start + growth * step, cap)
+    expected = []
+    for t in range(4097):
+        grown = math.exp(t / d) if t / d < 700 else math.inf
+        expected.append(1.0 if t < 10 else max(1 + 1.2 - grown, 0.1))
+    got = parse_annealing({"preset": preset, "step": step}).temperatures(torch.arange(4097))
+    assert got.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@given(raw_schedules(BY_POSITION), st.floats(0.02, 5), st.integers(1, 3000))
+def test_mean_matched_has_the_given_mean_or_is_refused(raw: Raw, mean: float, tokens: int) -> None:
+    matched = {**raw, "mean_matched": {"temperature": mean, "tokens": tokens}}
+    plain = parse_annealing(raw).temperatures(torch.arange(tokens))
+    low, high = parse_annealing(raw).bounds()
+    scale = mean / (sum(plain.tolist()) / tokens)
+    if low * scale > 0.01 * 1.001 and high * scale < 10 * 0.999:
+        got = parse_annealing(matched).temperatures(torch.arange(tokens))
+        assert sum(got.tolist()) / tokens == pytest.approx(mean, rel=1e-9)
+        assert got.tolist() == pytest.approx((plain * scale).tolist(), rel=1e-9)
+    elif low * scale < 0.01 * 0.999 or high * scale > 10 * 1.001:
+        with pytest.raises(AnnealingError, match=r"annealing.mean_matched.temperature: must leave"):
+            parse_annealing(matched)
+
+
+@given(st.lists(st.integers(1, 50_000), min_size=1, max_size=50))
+def test_a_suggested_schedule_anneals_answers_of_those_lengths(lengths: list[int]) -> None:
+    schedule = suggest_schedule(lengths)
+    median = sorted(lengths)[len(lengths) // 2]  # the upper one
+    tau = schedule.temperatures(torch.arange(max(median, 2)))
+    assert tau[-1] == pytest.approx(0.1) or median < 4
+    half = schedule.temperatures(torch.arange(max(1, math.floor(median * 0.2))))
+    if len(set(lengths)) == 1 and median > 10:
+        assert half[-1] > 0.5  # and not all at once
+    assert schedule.temperatures(torch.tensor([0])).item() in (1.0, 1.2)
+
+
+def test_short_answers_do_not_anneal_with_the_presets_numbers_but_with_suggested_ones() -> None:
+    short = torch.tensor([79])
+    assert parse_annealing({"preset": "recipe"}).temperatures(short).item() > 1.0
+    assert suggest_schedule([60, 80, 100]).temperatures(short).item() == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="at least one positive length"):
+        suggest_schedule([])
+
+
+def test_the_branch_threshold_settles_where_the_share_is_right() -> None:
+    """4,000 exponential entropies: a share of 0.2 lies above ln 5 = 1.609 nats.
+
+    Robbins-Monro at rate 0.05 leaves an error of about 0.05 in the threshold and 0.01 in the share.
+    """
+    generator = torch.Generator().manual_seed(3)
+    entropies = -torch.log(torch.rand(6000, generator=generator, dtype=torch.float64))
+    schedule = parse_annealing({"schedule": "branch", "top": 0.2, "threshold": 0.1, "rate": 0.05})
+    row = torch.tensor([schedule.parameters()], dtype=torch.float64)
+    threshold = row[:, 2]
+    hot = 0
+    for index, h in enumerate(entropies):
+        hot += int(h > threshold) if index >= 2000 else 0
+        threshold = Branch.next_threshold(threshold, row, h.view(1))
+    assert hot / 4000 == pytest.approx(0.2, abs=0.03)
+    assert threshold.item() == pytest.approx(math.log(5), abs=0.5)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+EAD = {"schedule": "ead"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "says"),
+    [
+        ({"schedule": "piecewise"}, "annealing.knots", "is required"),
+        ({"schedule": "piecewise", "knots": []}, "annealing.knots", "at least 1 item"),
+        ({"schedule": "piecewise", "knots": [[0, 1]] * 17}, "annealing.knots", "at most 16"),
+        ({"schedule": "piecewise", "knots": [[0]]}, "annealing.knots[0]", "must be [t, tau]"),
+        ({"schedule": "piecewise", "knots": [[5, 1], [5, 1]]}, "annealing.knots[1]", "rising"),
+        ({"schedule": "piecewise", "knots": [[0, 11]]}, "annealing.knots[0]", "[0.01, 10.0]"),
+        ({"schedule": "piecewise", "knots": [[-1, 1]]}, "annealing.knots[0]", "t must be in [0"),
+        ({"schedule": "piecewise", "knots": [["0", 1]]}, "annealing.knots[0][0]", "got '0'"),
+        ({"schedule": "linear", "length": 0}, "annealing.length", "[0.001, 1,000,000,000.0]"),
+        ({"schedule": "linear", "decay": 5}, "annealing.decay", "unknown key; allowed keys"),
+        ({"schedule": "constant", "tau": 0}, "annealing.tau", "[0.01, 10.0], got 0"),
+        ({"schedule": "two_stage", "switch": 1.5}, "annealing.switch", "an integer in [0, "),
+        ({"schedule": "entropy", "exponent": 0}, "annealing.exponent", "[0.01, 100.0], got 0"),
+        ({"schedule": "branch", "top": 1}, "annealing.top", "[0.001, 0.999], got 1"),
+        (
+            {"schedule": "entropy", "mean_matched": {"temperature": 1.0, "tokens": 9}},
+            "annealing.mean_matched",
+            "unknown key",
+        ),
+        ({"mean_matched": 1.0}, "annealing.mean_matched", "must be an object, got 1.0"),
+        (
+            {"mean_matched": {"temperature": 1.0, "tokens": 0}},
+            "annealing.mean_matched.tokens",
+            "must be an integer in [1, 100,000], got 0",
+        ),
+        ({"mean_matched": {"tokens": 5}}, "annealing.mean_matched.temperature", "is required"),
+        ({"schedule": "segment"}, "annealing.thinking", "is required"),
+        (
+            {"schedule": "segment", "thinking": {"tau_max": 99}},
+            "annealing.thinking.tau_max",
+            "[0.01, 10.0], got 99",
+        ),
+        (
+            {"schedule": "segment", "thinking": {"schedule": "branch"}},
+            "annealing.thinking.schedule",
+            "must be one of ead, reverse",
+        ),
+        (
+            {"schedule": "segment", "thinking": EAD, "answer": EAD},
+            "annealing.end_of_thinking_token_ids",
+            "answer needs an end",
+        ),
+        (
+            {"schedule": "segment", "thinking": EAD, "end_of_thinking_token_ids": [1]},
+            "annealing.answer",
+            "end_of_thinking_* needs answer",
+        ),
+        (
+            {"schedule": "segment", "thinking": EAD, "restart_token_ids": [-1]},
+            "annealing.restart_token_ids[0]",
+            "must be an integer in [0, 2^31), got -1",
+        ),
+        (
+            {"schedule": "segment", "thinking": EAD, "restart_strings": [""]},
+            "annealing.restart_strings[0]",
+            "1 to 100 characters",
+        ),
+        (
+            {"schedule": "segment", "thinking": {**EAD, "position_offset": 3}},
+            "annealing.thinking.position_offset",
+            "belongs to the whole schedule",
+        ),
+    ],
+)
+def test_bad_numbers_are_named_with_their_range(raw: Raw, field: str, says: str) -> None:
+    with pytest.raises(AnnealingError) as caught:
+        parse_annealing(raw)
+    assert caught.value.field == field
+    assert says in str(caught.value)
+
+
+def test_the_initial_state_of_a_resumed_segment_follows_from_its_earlier_tokens() -> None:
+    """Marks: 1 restarts the clock, 2 ends thinking, after which 1 and 2 mean nothing."""
+    fields = {"restart_token_ids": [1], "answer": EAD, "end_of_thinking_token_ids": [2]}
+    resumed = segment(**fields, position_offset=5)
+    assert resumed.initial_state([0, 0, 0, 0, 0]) == (0, 0, 0)
+    assert resumed.initial_state([0, 1, 0, 0, 1]) == (5, 0, 0)
+    assert resumed.initial_state([1, 0, 2, 1, 2]) == (3, 1, 0)
+    assert resumed.initial_state([1, 0]) == (4, 0, 0)  # the prompt holds only the last two
+
+
+# --- strings to tokens -------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of five tokens."""
+
+    texts = ("a", "b", ".\n\n", "\n\n\n", "</think>")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch_decode(self, ids: list[list[int]]) -> list[str]:
+        return ["".join(self.texts[i] for i in each) for each in ids]
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [self.texts.index(letter) for letter in text]
+
+
+def segment(**fields: Any) -> Annealing:
+    return parse_annealing({"schedule": "segment", "thinking": EAD, **fields})
+
+
+def test_strings_mark_every_token_that_contains_them() -> None:
+    schedule = segment(
+        restart_strings=["\n\n"],
+        restart_token_ids=[1],
+        answer=EAD,
+        end_of_thinking_strings=["</think>"],
+    ).resolved(Letters())
+    assert isinstance(schedule, Segment)
+    assert schedule.restart_token_ids == [1, 2, 3]
+    assert schedule.end_of_thinking_token_ids == [4]
+    assert parse_annealing(schedule.model_dump()).resolved(Letters()) == schedule
+
+
+def test_a_string_of_several_tokens_is_refused_with_its_tokens() -> None:
+    with pytest.raises(
+        AnnealingError, match=r"no single token .* contains 'ab' \(it is 2: \[0, 1]"
+    ):
+        segment(restart_strings=["ab"]).resolved(Letters())
+    with pytest.raises(AnnealingError, match="needs a tokenizer"):
+        segment(restart_strings=["ab"]).resolved(None)
