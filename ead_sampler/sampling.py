@@ -36,14 +36,15 @@ def build_rows(result: None, info: Any, batch: Any, vocab_size: int) -> None:
     """AFTER SamplingBatchInfo.adjusted_from_schedule_batch."""
     requests = [_asked_of(req) for req in batch.reqs]
     if any(request.has_state for request in requests if request):
-        places = [_place(req, asked) for req, asked in zip(batch.reqs, requests, strict=True)]
+        slots = batch.req_pool_indices_cpu.tolist()
+        places = [_place(*row) for row in zip(batch.reqs, requests, slots, strict=True)]
         rows = AnnealedRows.build(requests, info.device, places, _memory(batch))
     else:
         rows = AnnealedRows.build(requests, info.device)
     setattr(info, ROWS, rows)
 
 
-def _place(req: Any, request: RowRequest | None) -> Place:
+def _place(req: Any, request: RowRequest | None, slot: int) -> Place:
     """Where a request that is about to be prefilled stands, for the first time or again."""
     if request is None or request.annealing is None or not request.has_state:
         return NO_PLACE
@@ -53,7 +54,7 @@ def _place(req: Any, request: RowRequest | None) -> Place:
         generated = list(req.origin_input_ids[-offset:]) if offset else []
         initial = request.annealing.initial_state(generated)
     first = len(req.origin_input_ids) + len(req.output_ids) - 1
-    return Place(req.req_pool_idx, first, initial)
+    return Place(slot, first, initial)
 
 
 def _memory(batch: Any) -> Tensor:

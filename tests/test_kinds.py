@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -96,6 +96,27 @@ FORMULAS: dict[str, Callable[[int, Raw, float], float]] = {
         t, {"step": raw.get("step"), **raw["thinking"]}, h
     ),
 }
+
+
+def walk(raw: Raw, token_ids: Sequence[int], entropies: Sequence[float]) -> list[float]:
+    """The temperature of each token of an answer, marks and thresholds followed from the start."""
+    taus: list[float] = []
+    origin, part, threshold = 0, raw, raw.get("threshold", 0.672)
+    if raw["schedule"] == "segment":
+        part = raw["thinking"]
+    for t, (token, h) in enumerate(zip(token_ids, entropies, strict=True)):
+        if raw["schedule"] == "branch":
+            taus.append(FORMULAS["branch"](t, {**raw, "threshold": threshold}, h))
+            threshold += raw.get("rate", 0.05) * ((h > threshold) - raw.get("top", 0.2))
+            continue
+        clock = t - origin + raw.get("position_offset", 0)
+        taus.append(FORMULAS[part.get("schedule", "ead")](clock, part, h))
+        if raw["schedule"] == "segment" and part is raw["thinking"]:
+            if token in raw.get("end_of_thinking_token_ids", ()):
+                origin, part = t + 1, raw["answer"]
+            elif token in raw.get("restart_token_ids", ()):
+                origin = t + 1
+    return taus
 
 
 # --- random schedules of every kind ------------------------------------------------------------

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import TINY_FLAGS, Reference
+from test_kinds_served import SCHEDULES, check_all_kinds
 from test_server import FAST, check_against_reference, expected_temperatures
 
 from ead_client import Client, RequestRefused, Rollout
@@ -59,6 +60,13 @@ def test_schedules_survive_retraction_chunks_and_several_workers(
 
     log = restless.log.read_text(errors="replace")
     assert "Testing retraction" in log  # or this test has shown less than it says
+
+
+def test_clocks_and_thresholds_survive_retraction_too(
+    restless: ServerProcess, reference: Reference
+) -> None:
+    """Kinds with state are prefilled again from what the host last saw of it."""
+    check_all_kinds(restless, reference, 2 * len(SCHEDULES))
 
 
 def test_incremental_streams_carry_every_token_once(restless: ServerProcess) -> None:
