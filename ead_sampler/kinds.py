@@ -25,6 +25,7 @@ from ead_sampler.schedule import (
     REGISTRY,
     Annealing,
     AnnealingError,
+    Numbers,
     PositionSchedule,
     Temperature,
     Tokens,
@@ -103,8 +104,8 @@ class Ead(_EadNumbers, PositionSchedule):
     schedule: Literal["ead"] = "ead"
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, decay, warmup = _columns(parameters, 4)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, decay, warmup = numbers[:4]
         return torch.where(t < warmup, 1.0, _ead(t, tau_max, tau_min, decay))
 
 
@@ -116,8 +117,8 @@ class Reverse(_EadNumbers, PositionSchedule):
     warmup: int = Field(0, ge=0, le=1_000_000, description="first tokens, at temperature 1")
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, decay, warmup = _columns(parameters, 4)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, decay, warmup = numbers[:4]
         mirrored = tau_min + (tau_max - _ead(t, tau_max, tau_min, decay))
         return torch.where(t < warmup, 1.0, torch.minimum(mirrored, tau_max))
 
@@ -136,8 +137,8 @@ class Constant(PositionSchedule):
         return self.tau, self.tau
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        return parameters[:, 0]
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        return numbers[0]
 
 
 class _Falling(_Range, PositionSchedule):
@@ -158,8 +159,8 @@ class Linear(_Falling):
     schedule: Literal["linear"] = "linear"
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, length = _columns(parameters, 3)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, length = numbers[:3]
         return torch.lerp(tau_max, tau_min, (t / length).clamp(max=1.0))
 
 
@@ -170,8 +171,8 @@ class Cosine(_Falling):
     schedule: Literal["cosine"] = "cosine"
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, length = _columns(parameters, 3)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, length = numbers[:3]
         fallen = (1.0 - torch.cos(math.pi * (t / length).clamp(max=1.0))) / 2
         return torch.lerp(tau_max, tau_min, fallen)
 
@@ -183,8 +184,8 @@ class Exponential(_Falling):
     schedule: Literal["exponential"] = "exponential"
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, length = _columns(parameters, 3)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, length = numbers[:3]
         return torch.lerp(tau_max, tau_min, -torch.expm1(-t / length))
 
 
@@ -199,8 +200,8 @@ class TwoStage(_Range, PositionSchedule):
         return (self.tau_max, self.tau_min, float(self.switch))
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, switch = _columns(parameters, 3)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, switch = numbers[:3]
         return torch.where(t < switch, tau_max, tau_min)
 
 
@@ -243,8 +244,9 @@ class Piecewise(PositionSchedule):
         return min(taus), max(taus)
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        times, taus = parameters[:, :MAX_KNOTS], parameters[:, MAX_KNOTS : 2 * MAX_KNOTS]
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        times = torch.stack(numbers[:MAX_KNOTS], dim=1)
+        taus = torch.stack(numbers[MAX_KNOTS : 2 * MAX_KNOTS], dim=1)
         passed = (times <= t.unsqueeze(1)).sum(1)
         left = (passed - 1).clamp(min=0).unsqueeze(1)
         right = passed.clamp(max=MAX_KNOTS - 1).unsqueeze(1)
@@ -279,8 +281,8 @@ class Entropy(_Entropic):
         return (self.tau_max, self.tau_min, self.entropy_scale, self.exponent)
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, scale, exponent = _columns(parameters, 4)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, scale, exponent = numbers[:4]
         return torch.lerp(tau_min, tau_max, (entropy / scale).clamp(0.0, 1.0) ** exponent)
 
 
@@ -294,9 +296,9 @@ class EadEntropy(_Entropic, _EadNumbers):
         return (*_EadNumbers.parameters(self), self.entropy_scale, self.exponent)
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        envelope = Ead.evaluate(t, parameters, entropy)
-        _, tau_min, _, _, scale, exponent = _columns(parameters, 6)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        envelope = Ead.evaluate(t, numbers, entropy)
+        _, tau_min, _, _, scale, exponent = numbers[:6]
         return torch.lerp(tau_min, envelope, (entropy / scale).clamp(0.0, 1.0) ** exponent)
 
 
@@ -321,18 +323,18 @@ class Branch(_Range):
         return (self.tau_max, self.tau_min, self.threshold, self.top, self.rate)
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
-        """The third column is the threshold now, see ead_sampler.rows."""
-        tau_max, tau_min, threshold = _columns(parameters, 3)
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        """The third number is the threshold now, see ead_sampler.rows."""
+        tau_max, tau_min, threshold = numbers[:3]
         return torch.where(entropy > threshold, tau_max, tau_min)
 
     def initial_state(self, generated: Sequence[int]) -> tuple[float, float, float]:
         return 0.0, 0.0, self.threshold
 
     @staticmethod
-    def next_threshold(threshold: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
+    def next_threshold(threshold: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
         """The threshold after a token of this entropy: float64 [B]."""
-        top, rate = parameters[:, 3], parameters[:, 4]
+        top, rate = numbers[3:5]
         return threshold + rate * ((entropy > threshold).double() - top)
 
 
@@ -509,7 +511,3 @@ def suggest_schedule(
 def _ead(t: Tensor, tau_max: Tensor, tau_min: Tensor, decay: Tensor) -> Tensor:
     # 1 + tau_max - exp(x), without rounding above tau_max; infinite exponentials meet the floor
     return torch.maximum(tau_max - torch.expm1(t / decay), tau_min)
-
-
-def _columns(parameters: Tensor, count: int) -> tuple[Tensor, ...]:
-    return parameters[:, :count].unbind(1)

@@ -36,7 +36,7 @@ _NOTHING = {
     "kind": -1,  # int64 [B, F], index into KINDS
     "parameters": 1,  # float64 [B, F, P]
     "scale": 1,  # float64 [B, F]
-    "start": 1,  # int64 [B]: a token sampled after position p has t = p + start
+    "start": 1,  # float64 [B]: a token sampled after position p has t = p + start
     # only where some row has state
     "slot": -1,  # int64 [B], line of `memory`; the last one belongs to rows without state
     "first": -1,  # int64 [B], position after which `initial` holds instead of `memory`
@@ -112,7 +112,7 @@ class AnnealedRows:
             "kind": _to_device(kinds, torch.int64, device),
             "parameters": _to_device(parameters, torch.float64, device),
             "scale": _to_device(scales, torch.float64, device),
-            "start": _to_device(start, torch.int64, device),
+            "start": _to_device(start, torch.float64, device),
         }
         if memory is None or not any(request.has_state for request in requests if request):
             return cls(tuple(requests), columns)
@@ -159,6 +159,12 @@ class AnnealedRows:
         phases = [phase for schedule in schedules if schedule for phase in schedule.phases()]
         return any(getattr(phase, "mean_matched", None) for phase in phases)
 
+    @cached_property
+    def _only_phase(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Kind int64 [B], parameters float64 [B] each and scale float64 [B] of the first phase."""
+        kind, parameters, scale = (self.columns[n][:, 0] for n in ("kind", "parameters", "scale"))
+        return kind, parameters.unbind(1), scale
+
     # --- one step, without host-device synchronisation ---------------------------------------
 
     def temperatures(
@@ -173,21 +179,23 @@ class AnnealedRows:
         """
         if not self._kinds:
             return fixed
-        t = (positions + self.columns["start"]).double()
-        kind, parameters, scale = (self.columns[n] for n in ("kind", "parameters", "scale"))
+        t = positions + self.columns["start"]
         if self.memory is None:
-            kind, parameters, scale = kind[:, 0], parameters[:, 0], scale[:, 0]
+            kind, numbers, scale = self._only_phase
         else:
             origin, phase, threshold = self._state(positions).double().unbind(1)
             t = t - origin
-            row, phase = torch.arange(len(t), device=t.device), phase.long()
-            kind, parameters, scale = kind[row, phase], parameters[row, phase], scale[row, phase]
+            kind, parameters, scale = (
+                column[torch.arange(len(t), device=t.device), phase.long()]
+                for column in (self.columns[n] for n in ("kind", "parameters", "scale"))
+            )
             parameters[:, 2] = torch.where(kind == _BRANCH, threshold, parameters[:, 2])
+            numbers = parameters.unbind(1)
         entropy = t if entropies is None else entropies.double()  # no kind looks at it if None
         first, *others = self._kinds
-        tau = KINDS[first].evaluate(t, parameters, entropy)
+        tau = KINDS[first].evaluate(t, numbers, entropy)
         for other in others:
-            tau = torch.where(kind == other, KINDS[other].evaluate(t, parameters, entropy), tau)
+            tau = torch.where(kind == other, KINDS[other].evaluate(t, numbers, entropy), tau)
         if self._scaled:
             tau = tau * scale
         tau = tau.to(fixed.dtype)
@@ -206,12 +214,12 @@ class AnnealedRows:
         thinking = phase == 0
         ended = (tokens == self.columns["ends"]).any(1) & thinking
         restarted = (tokens == self.columns["restarts"]).any(1) & thinking | ended
-        origin = torch.where(restarted, (positions + self.columns["start"] + 1).double(), origin)
+        origin = torch.where(restarted, positions + self.columns["start"] + 1, origin)
         phase = torch.where(ended, 1.0, phase)
         if _BRANCH in self._kinds and entropies is not None:
-            parameters = self.columns["parameters"][:, 0]
-            moved = Branch.next_threshold(threshold, parameters, entropies.double())
-            threshold = torch.where(self.columns["kind"][:, 0] == _BRANCH, moved, threshold)
+            kind, numbers, _ = self._only_phase
+            moved = Branch.next_threshold(threshold, numbers, entropies.double())
+            threshold = torch.where(kind == _BRANCH, moved, threshold)
         state = torch.stack([origin, phase, threshold], dim=1).float()
         self.memory.index_put_((self.columns["slot"],), state)
         return state

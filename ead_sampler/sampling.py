@@ -127,7 +127,23 @@ def keep_model_logprobs(
     rows: AnnealedRows | None = getattr(info, ROWS, None)
     if rows is not None and (rows.records or rows.wants_entropies):
         logits = logits_output.next_token_logits.float()
-        setattr(info, MODEL_LOGPROBS, torch.log_softmax(logits, dim=-1))
+        logprobs = torch.log_softmax(logits, dim=-1, out=_workspace(logits))
+        setattr(info, MODEL_LOGPROBS, logprobs)
+
+
+_workspaces: dict[torch.device, Tensor] = {}
+
+
+def _workspace(like: Tensor) -> Tensor:
+    """Memory of the size of `like` ([B, V]), the same at every step.
+
+    On a CPU, fresh memory of this size costs more (page faults) than what is written to it. The
+    steps of one device run one after the other, and each is done with it before the next.
+    """
+    memory = _workspaces.get(like.device)
+    if memory is None or memory.numel() < like.numel():
+        memory = _workspaces[like.device] = torch.empty(like.numel(), device=like.device)
+    return memory[: like.numel()].view_as(like)
 
 
 def sample(
@@ -179,7 +195,16 @@ def sample(
 
 def entropy_of(logprobs: Tensor) -> Tensor:
     """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0."""
-    return -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp(min=-1e30))
+    rows = max(1, _CACHED // logprobs.shape[1]) if logprobs.device.type == "cpu" else len(logprobs)
+    return -torch.cat(
+        [  # the clamp makes 0 * -inf, a nan, 0
+            torch.linalg.vecdot(part.exp(), part.clamp(min=-1e30))
+            for part in logprobs.split(rows)
+        ]
+    )
+
+
+_CACHED = 1 << 19  # numbers of [B, V] worked on at once, so that a CPU's caches hold them
 
 
 def _sampled_values(

@@ -17,6 +17,7 @@ from torch import Tensor
 TAU_LOWEST, TAU_HIGHEST = 0.01, 10.0
 
 Temperature = Annotated[float, Field(ge=TAU_LOWEST, le=TAU_HIGHEST)]
+Numbers = tuple[Tensor, ...]
 Tokens = Annotated[float, Field(ge=0.001, le=1e9)]
 
 
@@ -56,13 +57,14 @@ class Annealing(_Checked):
         raise NotImplementedError
 
     @staticmethod
-    def evaluate(t: Tensor, parameters: Tensor, entropy: Tensor) -> Tensor:
+    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
         """tau of B rows of this kind, on the device of its arguments, without synchronising.
 
-        t: float64 [B], index of the token since the schedule's clock started. parameters: float64
-        [B, P], one row per request, its first columns `parameters()`. entropy: float64 [B], nats,
-        of the model's own next-token distribution (zeros unless `uses_entropy`). Returns float64
-        [B]: float32 would be off by 1e-6 where exponentials are large.
+        t: float64 [B], index of the token since the schedule's clock started. numbers: float64
+        [B] for each of `parameters()`, and perhaps more after them. entropy: float64 [B], nats, of
+        the model's own next-token distribution (anything unless `uses_entropy`). Returns float64
+        [B]: float32 would be off by 1e-6 where exponentials are large. For rows of another kind
+        the result is not used, whatever it is.
         """
         raise NotImplementedError
 
@@ -96,9 +98,12 @@ class Annealing(_Checked):
         """
         schedule = self.phases()[0]
         t = (positions + self.position_offset).double()
-        row = torch.tensor([schedule.parameters()], dtype=torch.float64, device=t.device)
         entropies = torch.zeros_like(t) if entropies is None else entropies.double()
-        return schedule.evaluate(t, row.expand(len(t), -1), entropies) * schedule.scale()
+        return schedule.evaluate(t, schedule.numbers(t), entropies) * schedule.scale()
+
+    def numbers(self, like: Tensor) -> Numbers:
+        """`parameters()` for as many rows as `like` has, on its device."""
+        return tuple(torch.full_like(like, number) for number in self.parameters())
 
 
 class MeanMatched(_Checked):
@@ -122,8 +127,7 @@ class PositionSchedule(Annealing):
         if self.mean_matched is None:
             return 1.0
         t = torch.arange(self.mean_matched.tokens, dtype=torch.float64)
-        row = torch.tensor([self.parameters()], dtype=torch.float64).expand(len(t), -1)
-        mean: float = self.evaluate(t, row, torch.zeros_like(t)).mean().item()
+        mean: float = self.evaluate(t, self.numbers(t), t).mean().item()
         return self.mean_matched.temperature / mean
 
     @model_validator(mode="after")

@@ -277,12 +277,12 @@ def test_the_branch_threshold_settles_where_the_share_is_right() -> None:
     generator = torch.Generator().manual_seed(3)
     entropies = -torch.log(torch.rand(6000, generator=generator, dtype=torch.float64))
     schedule = parse_annealing({"schedule": "branch", "top": 0.2, "threshold": 0.1, "rate": 0.05})
-    row = torch.tensor([schedule.parameters()], dtype=torch.float64)
-    threshold = row[:, 2]
+    numbers = schedule.numbers(entropies[:1])
+    threshold = numbers[2]
     hot = 0
     for index, h in enumerate(entropies):
         hot += int(h > threshold) if index >= 2000 else 0
-        threshold = Branch.next_threshold(threshold, row, h.view(1))
+        threshold = Branch.next_threshold(threshold, numbers, h.view(1))
     assert hot / 4000 == pytest.approx(0.2, abs=0.03)
     assert threshold.item() == pytest.approx(math.log(5), abs=0.5)
 
