@@ -1,4 +1,4 @@
-"""Tokens per second of the whole server: plain SGLang, ours, and ours with annealing.
+"""Tokens per second of the whole server, and its memory: plain SGLang, ours, ours annealing.
 
 Two servers on the same model run side by side and are asked in turn, round after round, so that a
 machine that slows down slows all of them; the order changes from round to round. Idle servers
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,11 +28,12 @@ from ead_server import models
 from ead_server.launch import with_defaults
 from ead_server.process import ServerProcess
 
+PLAIN = "plain SGLang"
 MODES: dict[str, dict[str, Any]] = {
-    "plain SGLang": {},
+    PLAIN: {},
     "ours, nothing asked": {},
-    "ours, rollout": {"rollout": True},
-    "ours, annealed": {"annealing": {"tau_max": 1.2, "tau_min": 0.8}},
+    "ours, annealed": {"annealing": {"tau_max": 1.2, "tau_min": 0.8}, "rollout": False},
+    "ours, annealed, arrays": {"annealing": {"tau_max": 1.2, "tau_min": 0.8}},
 }
 
 
@@ -52,10 +54,17 @@ def tokens_per_second(url: str, batch: int, tokens: int, fields: dict[str, Any])
     return float(response.json()["usage"]["completion_tokens"] / seconds)
 
 
+def mebibytes(server: ServerProcess) -> float:
+    """Memory that only this server's processes use, all of them together."""
+    process = psutil.Process(server.process.pid)
+    family = [process, *process.children(recursive=True)]
+    return sum(member.memory_full_info().uss for member in family) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", help="embedded name, folder or hub name")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--tokens", type=int, default=32, help="per answer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -63,7 +72,8 @@ def main() -> None:
     console = Console(stderr=True)
     device.choose()
     arguments = with_defaults(["--model-path", models.resolve(options.model)], cpu=device.is_cpu())
-    rates: dict[str, list[float]] = {mode: [] for mode in MODES}
+    runs = [(mode, batch) for batch in options.batch for mode in MODES]
+    rates: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         plain = ServerProcess(
             arguments,
@@ -76,34 +86,35 @@ def main() -> None:
                 with console.status(f"starting the {name} server"):
                     server.wait_until_ready()
             for round_ in track(range(options.rounds + 1), "rounds", console=console):
-                order = list(MODES.items())
-                random.Random(round_).shuffle(order)
-                for mode, fields in order:
-                    url = (plain if mode == "plain SGLang" else ours).url
-                    tokens_per_second(url, options.batch, 4, fields)  # wakes an idle server
-                    rate = tokens_per_second(url, options.batch, options.tokens, fields)
+                for mode, batch in random.Random(round_).sample(runs, len(runs)):
+                    url = (plain if mode == PLAIN else ours).url
+                    tokens_per_second(url, batch, 4, MODES[mode])  # wakes an idle server
+                    rate = tokens_per_second(url, batch, options.tokens, MODES[mode])
                     if round_ > 0:  # the first warms up
-                        rates[mode].append(rate)
-    baseline = rates["plain SGLang"]
+                        rates[mode, batch].append(rate)
+            memory = {PLAIN: mebibytes(plain), "ours": mebibytes(ours)}
     ratios = {
-        mode: [ours / plain for ours, plain in zip(rates[mode], baseline, strict=True)]
-        for mode in MODES
-        if mode != "plain SGLang"
+        run: [ours / plain for ours, plain in zip(rates[run], rates[PLAIN, run[1]], strict=True)]
+        for run in runs
+        if run[0] != PLAIN
     }
     if options.json:
-        medians = {mode: statistics.median(values) for mode, values in ratios.items()}
-        print(json.dumps({"ratios": medians, "tokens_per_second": rates}))
+        medians = {
+            f"{mode}, batch {batch}": statistics.median(values)
+            for (mode, batch), values in ratios.items()
+        }
+        medians["memory"] = memory["ours"] / memory[PLAIN]
+        named = {f"{mode}, batch {batch}": values for (mode, batch), values in rates.items()}
+        print(json.dumps({"ratios": medians, "tokens_per_second": named, "mebibytes": memory}))
         return
-    title = f"batch {options.batch}, {options.tokens} tokens each, {options.rounds} rounds"
-    table = Table("mode", "tokens/s median", "ratio median", "min", "max", title=title)
-    for mode, values in rates.items():
-        spread = (
-            [f"{f(ratios[mode]):.3f}" for f in (statistics.median, min, max)]
-            if mode in ratios
-            else []
-        )
-        table.add_row(mode, f"{statistics.median(values):.1f}", *spread)
+    title = f"{options.tokens} tokens each, {options.rounds} rounds"
+    table = Table("batch", "mode", "tokens/s median", "ratio median", "min", "max", title=title)
+    for (mode, batch), values in rates.items():
+        spread = ratios.get((mode, batch))
+        cells = [f"{f(spread):.3f}" for f in (statistics.median, min, max)] if spread else []
+        table.add_row(str(batch), mode, f"{statistics.median(values):.1f}", *cells)
     Console().print(table)
+    print(", ".join(f"{name}: {value:,.0f} MiB" for name, value in memory.items()))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from ead_sampler import device, parse_annealing
 from ead_sampler.rows import AnnealedRows, RowRequest
+from ead_sampler.selftest import sampling_info, standalone_sampler
 
 PLAIN = "plain"
 PROCESSOR = "logit processor"
@@ -95,7 +96,7 @@ class Steps:
 
         from ead_sampler import sampling
 
-        info = self._info()
+        info = sampling_info(*self.logits.shape, self.on)
         output = SimpleNamespace(next_token_logits=self.scratch, auxiliary_device_output=None)
         arguments = (output, info, False, [0] * self.batch, [None] * self.batch, self.positions)
         if mode == PROCESSOR:
@@ -111,24 +112,6 @@ class Steps:
 
         return hooked
 
-    def _info(self) -> Any:
-        from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-
-        size, on = (self.batch,), self.on
-        return SamplingBatchInfo(
-            temperatures=torch.ones(self.batch, 1, device=on),
-            top_ps=torch.ones(size, device=on),
-            top_ks=torch.full(size, 1 << 30, dtype=torch.int32, device=on),
-            min_ps=torch.zeros(size, device=on),
-            is_all_greedy=False,
-            is_any_greedy=False,
-            need_top_p_sampling=False,
-            need_top_k_sampling=False,
-            need_min_p_sampling=False,
-            vocab_size=self.logits.shape[1],
-            device=on,
-        )
-
     def _add_processor(self, info: Any) -> None:
         from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 
@@ -142,21 +125,9 @@ class Steps:
         info.custom_logit_processor = {0: ProcessorEntry(ead_row_by_row, rows, indices)}
 
 
-def real_sampler(on: str) -> Any:
-    """SGLang's Sampler as its model runner makes it, without a server around it."""
-    from sglang.srt.layers.sampler import Sampler
-    from sglang.srt.runtime_context import get_parallel, publish
-    from sglang.srt.server_args import ServerArgs
-
-    backend = {"sampling_backend": "pytorch", "attention_backend": "torch_native"}
-    publish(ServerArgs(model_path="none", device=on, **backend), role="scheduler")
-    with get_parallel().override(tp_group=SimpleNamespace(device_group=None)):
-        return Sampler()
-
-
 def measure(options: argparse.Namespace, on: str, console: Console) -> dict[int, dict[str, Any]]:
     """Seconds per step of each mode and round, by batch size."""
-    sampler = real_sampler(on)
+    sampler = standalone_sampler(on)
     modes = [PLAIN, *ROWS, PROCESSOR]
     results: dict[int, dict[str, Any]] = {}
     with Progress(console=console) as progress:

@@ -198,8 +198,7 @@ def entropy_of(logprobs: Tensor) -> Tensor:
     rows = max(1, _CACHED // logprobs.shape[1]) if logprobs.device.type == "cpu" else len(logprobs)
     return -torch.cat(
         [  # the clamp makes 0 * -inf, a nan, 0
-            torch.linalg.vecdot(part.exp(), part.clamp(min=-1e30))
-            for part in logprobs.split(rows)
+            torch.linalg.vecdot(part.exp(), part.clamp(min=-1e30)) for part in logprobs.split(rows)
         ]
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ead_sampler import plugin
 from ead_server.process import ServerFailed, hold_port
 
 
@@ -21,7 +23,9 @@ def ead(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["models"], ["models", "pull"]])
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["demo"], ["doctor"], ["models"], ["models", "pull"]]
+)
 def test_help_exists_and_shows_an_example(command: list[str]) -> None:
     result = ead(*command, "--help")
     assert result.returncode == 0
@@ -34,6 +38,9 @@ def test_help_exists_and_shows_an_example(command: list[str]) -> None:
     [
         (["models", "pull", "other"], "no embedded model 'other'; there is: smollm2"),
         (["serve", "--model-path"], "--model-path needs a value"),
+        (["serve", "--annealing"], "--annealing needs a value"),
+        (["serve", "--annealing", "{'a'"], "annealing: is not valid JSON"),
+        (["serve", '--annealing={"tau_max": 99}'], "annealing.tau_max: must be a finite number"),
     ],
 )
 def test_mistakes_are_a_sentence_and_a_status(arguments: list[str], says: str) -> None:
@@ -41,6 +48,52 @@ def test_mistakes_are_a_sentence_and_a_status(arguments: list[str], says: str) -
     assert result.returncode == 1
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_doctor_finds_this_machine_well() -> None:
+    result = ead("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["ok"]
+    says = {finding["what"]: finding["says"] for finding in report["findings"]}
+    assert says["hooks"] == f"{len(plugin.HOOKS)} in place"
+    assert says["self-test"].startswith("sampled as told")
+
+
+@pytest.mark.parametrize(
+    ("broken", "what", "says"),
+    [
+        # each in the doctor's own process, before it looks
+        (
+            "plugin.SUPPORTED_SGLANG = '0.0.1'",
+            "SGLang",
+            "this version of ead supports sglang 0.0.1",
+        ),
+        ("os.environ['EAD_ANNEALING'] = '[]'", "default schedule", "must be an object"),
+        (
+            "rows.AnnealedRows.temperatures = lambda self, positions, fixed, entropies: fixed",
+            "self-test",
+            "tokens at temperature 2.000 do not fit it",
+        ),
+        (
+            "old = sampling._sampled_values\nsampling._sampled_values = lambda *a: old(*a) + 1e-4",
+            "self-test",
+            "are off by 1.0e-04",
+        ),
+    ],
+)
+def test_the_doctor_finds_what_is_wrong(broken: str, what: str, says: str) -> None:
+    code = (
+        "import os; from ead_sampler import device; device.choose()\n"
+        "from ead_sampler import plugin, rows, sampling\n"
+        f"{broken}\n"
+        "from ead_server.cli import app; app(['doctor', '--json'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    wrong = [f for f in json.loads(result.stdout)["findings"] if not f["right"]]
+    assert [finding["what"] for finding in wrong] == [what]
+    assert says in wrong[0]["says"]
 
 
 def test_a_taken_port_is_a_sentence_before_any_model_is_loaded(tiny_model: Path) -> None:

@@ -58,6 +58,20 @@ def demo(
         run(steps=steps, out=out, port=port)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Say what is installed, check it against SGLang, and sample a little. Status 1 if wrong.
+
+    Example: ead doctor --json
+    """
+    from ead_server.doctor import examine, report
+
+    if not report(examine(), as_json=as_json):
+        raise typer.Exit(1)
+
+
 @models.command()
 def pull(
     name: Annotated[str, typer.Argument(help="Only smollm2 is embedded.")] = "smollm2",
