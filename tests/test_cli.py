@@ -107,6 +107,14 @@ def test_a_taken_port_is_a_sentence_before_any_model_is_loaded(tiny_model: Path)
             assert "Load weight begin" not in result.stderr
 
 
+def test_a_default_schedule_that_the_server_could_not_honour_stops_it(tiny_model: Path) -> None:
+    arguments = ["serve", "--model-path", str(tiny_model), "--annealing", "{}"]
+    result = ead(*arguments, SGLANG_RETURN_ORIGINAL_LOGPROB="1")
+    assert result.returncode == 1
+    assert "cannot honour a default schedule: SGLANG_RETURN_ORIGINAL_LOGPROB" in result.stderr
+    assert "Load weight begin" not in result.stderr
+
+
 def test_a_held_port_goes_to_nobody_but_a_server_that_names_it() -> None:
     """Also while connections and other servers come and go (it failed a CI run once)."""
     held = hold_port("127.0.0.1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -272,14 +274,17 @@ def test_kept_mass_equals_a_naive_count(
     assert got.item() == pytest.approx(naive_kept_mass(probs, top_k, top_p, min_p, renormalised))
 
 
-@pytest.mark.gpu
-def test_nothing_waits_for_the_gpu() -> None:
-    """One step's work on our side, with every host-device synchronisation made an error."""
-    from types import SimpleNamespace
+@pytest.mark.parametrize("on", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nothing_waits_for_the_device(on: str) -> None:
+    """One step's work on our side, in which every look at a value from the host is an error.
 
-    from ead_sampler.sampling import _sampled_values, entropy_of
+    Tensors on "meta" have no values: item(), tolist(), nonzero() or a bool of one raise. On a GPU,
+    torch raises at whatever synchronises. What leaves is copied by the function SGLang gives, once
+    for the values and once for the state.
+    """
+    from ead_sampler import sampling
 
-    schedules = [
+    schedules: list[dict[str, Any]] = [
         {"step": 0},
         {"schedule": "piecewise", "knots": [[0, 1.0], [50, 0.5]]},
         {"schedule": "entropy"},
@@ -289,35 +294,48 @@ def test_nothing_waits_for_the_gpu() -> None:
     asked = [RowRequest(3, parse_annealing(raw), entropies=True) for raw in schedules]
     batch, vocabulary = len(asked) + 2, 1000
     places = [Place(slot, 7, (0.0, 0.0, 0.5)) for slot in range(batch)]
-    memory = torch.zeros(batch + 1, STATE_SIZE, device="cuda")
-    rows = AnnealedRows.build([*asked, None, RowRequest(5)], "cuda", places, memory)
+    memory = torch.zeros(batch + 1, STATE_SIZE, device=on)
+    rows = AnnealedRows.build([*asked, None, RowRequest(5)], on, places, memory)
     assert rows is not None
-    logits = torch.randn(batch, vocabulary, device="cuda")
     info = SimpleNamespace(
-        temperatures=torch.ones(batch, 1, device="cuda"),
-        top_ks=torch.full((batch,), 50, device="cuda"),
-        top_ps=torch.full((batch,), 0.9, device="cuda"),
-        min_ps=torch.zeros(batch, device="cuda"),
+        temperatures=torch.ones(batch, 1, device=on),
+        top_ks=torch.full((batch,), 50, device=on),
+        top_ps=torch.full((batch,), 0.9, device=on),
+        min_ps=torch.zeros(batch, device=on),
         is_all_greedy=False,
         is_any_greedy=True,
         need_top_p_sampling=True,
         need_top_k_sampling=True,
         need_min_p_sampling=False,
     )
-    positions = torch.arange(batch, device="cuda") + 7
-    token_ids = torch.arange(batch, device="cuda")
+    logits = torch.randn(batch, vocabulary, device=on)
+    output = SimpleNamespace(next_token_logits=logits, auxiliary_device_output=None)
+    positions = torch.arange(batch, device=on) + 7
+    token_ids = torch.arange(batch, device=on)
     keep = [2, 0]
-    keep_device = torch.tensor(keep, device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    keep_device = torch.tensor(keep).to(on)
+
+    def sampler(self: None, output: Any, *_: Any) -> torch.Tensor:
+        output.next_token_logits.copy_((output.next_token_logits / info.temperatures).softmax(-1))
+        return token_ids
+
+    if on == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        entropies = entropy_of(logprobs)
-        info.temperatures = rows.temperatures(positions, info.temperatures, entropies)
-        values = _sampled_values(logits.softmax(-1), token_ids, info, logprobs, entropies)
-        state = rows.remember(positions, token_ids, entropies)
+        setattr(info, sampling.ROWS, rows)
+        sampling.keep_model_logprobs(None, output, info)
+        sampling.sample(sampler, None, output, info, False, [], [], positions)
         AnnealedRows.merge(rows.filter(keep, keep_device), rows, 2, batch)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(values).all()
-    assert torch.isfinite(state).all()
+        if on == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    copied: list[torch.Tensor] = []
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor)
+        return tensor
+
+    output.auxiliary_device_output.copy_to_host(copy)
+    assert [tuple(tensor.shape) for tensor in copied] == [(batch, 4), (batch, STATE_SIZE)]
+    assert {tensor.device.type for tensor in copied} == {on}

@@ -59,7 +59,12 @@ def serve(arguments: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from ead_sampler.requests import unsupported_mode
+
     server_args = prepare_server_args(arguments)
+    reason = unsupported_mode(server_args, os.environ)
+    if default_annealing() is not None and reason is not None:
+        raise SystemExit(f"ead: this server cannot honour a default schedule: {reason}")
     # before the model is loaded: SGLang finds out after it, then hangs in its warm-up
     hold_port(server_args.host, server_args.port).close()
     try:
