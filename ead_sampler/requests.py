@@ -75,6 +75,9 @@ def check_sampling(params: Mapping[str, Any]) -> None:
         )
     if top_k == 1:
         raise AnnealingError("top_k", "must not be 1 (greedy) together with annealing")
+    beam_width = params.get("beam_width")
+    if beam_width is not None and beam_width != 1:
+        raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
 
 
 def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
@@ -89,7 +92,8 @@ def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
     check_rollout(custom.get(ROLLOUT))
     if custom.get(ANNEALING) is not None:
         parse_annealing(custom[ANNEALING])
-        check_sampling({"temperature": params.temperature, "top_k": params.top_k})
+        fields = ("temperature", "top_k", "beam_width")
+        check_sampling({field: getattr(params, field) for field in fields})
     if params.beam_width is not None and params.beam_width > 1:
         raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
     check_server_mode()
@@ -140,7 +144,10 @@ def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
         moved[ANNEALING] = parse_annealing(moved[ANNEALING]).model_dump()
         params["temperature"] = 1.0  # or a model's generation_config would set another
     check_rollout(moved.get(ROLLOUT))
-    params["custom_params"] = {**(params.get("custom_params") or {}), **moved}
+    custom = params.get("custom_params") or {}
+    if not isinstance(custom, dict):
+        raise AnnealingError("custom_params", f"must be an object, got {custom!r:.80}")
+    params["custom_params"] = {**custom, **moved}
     return params
 
 
@@ -153,7 +160,9 @@ def with_default(params: dict[str, Any]) -> dict[str, Any]:
     """
     custom = params.get("custom_params") or {}
     default = default_annealing()
-    if default is None or ANNEALING in params or ANNEALING in custom:
+    if default is None or ANNEALING in params or not isinstance(custom, dict):
+        return params  # what is malformed is for SGLang to refuse
+    if ANNEALING in custom:
         return params
     try:
         check_sampling(params)

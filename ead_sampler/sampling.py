@@ -131,18 +131,19 @@ def keep_model_logprobs(
         setattr(info, MODEL_LOGPROBS, logprobs)
 
 
-_workspaces: dict[torch.device, Tensor] = {}
+_workspaces: dict[tuple[torch.device, str], Tensor] = {}
 
 
-def _workspace(like: Tensor) -> Tensor:
-    """Memory of the size of `like` ([B, V]), the same at every step.
+def _workspace(like: Tensor, purpose: str = "logprobs") -> Tensor:
+    """Memory of the size of `like` (float32 [B, V]), the same at every step.
 
     On a CPU, fresh memory of this size costs more (page faults) than what is written to it. The
     steps of one device run one after the other, and each is done with it before the next.
     """
-    memory = _workspaces.get(like.device)
+    key = (like.device, purpose)
+    memory = _workspaces.get(key)
     if memory is None or memory.numel() < like.numel():
-        memory = _workspaces[like.device] = torch.empty(like.numel(), device=like.device)
+        memory = _workspaces[key] = torch.empty(like.numel(), device=like.device)
     return memory[: like.numel()].view_as(like)
 
 
@@ -193,17 +194,21 @@ def sample(
     return token_ids
 
 
+# numbers of [B, V] worked on at once: what a CPU's caches hold, and little memory of a GPU
+_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
+
+
 def entropy_of(logprobs: Tensor) -> Tensor:
-    """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0."""
-    rows = max(1, _CACHED // logprobs.shape[1]) if logprobs.device.type == "cpu" else len(logprobs)
-    return -torch.cat(
-        [  # the clamp makes 0 * -inf, a nan, 0
-            torch.linalg.vecdot(part.exp(), part.clamp(min=-1e30)) for part in logprobs.split(rows)
-        ]
-    )
+    """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0.
 
-
-_CACHED = 1 << 19  # numbers of [B, V] worked on at once, so that a CPU's caches hold them
+    Replaces them in place by -1e30, since 0 * -inf is not a number.
+    """
+    rows = max(1, _AT_ONCE.get(logprobs.device.type, 1 << 24) // logprobs.shape[1])
+    entropies = []
+    for part in logprobs.clamp_(min=-1e30).split(rows):
+        probs = torch.exp(part, out=_workspace(part, "probabilities"))
+        entropies.append(-torch.linalg.vecdot(probs, part))
+    return torch.cat(entropies)
 
 
 def _sampled_values(

@@ -123,6 +123,25 @@ def test_the_arrays_come_when_asked_for_and_another_schedule_wins(
     assert got["temperatures"] == pytest.approx([0.9] * 10, abs=1e-6)
 
 
+@pytest.mark.parametrize("custom", [[1], "x", 7])
+def test_a_default_does_not_turn_a_mistake_into_a_crash(
+    annealing_server: ServerProcess, custom: Any
+) -> None:
+    for body, route in (
+        (
+            {"text": "x", "sampling_params": {"max_new_tokens": 2, "custom_params": custom}},
+            "/generate",
+        ),
+        (
+            {"model": "tiny", "prompt": "x", "max_tokens": 2, "custom_params": custom},
+            "/v1/completions",
+        ),
+    ):
+        response = httpx.post(f"{annealing_server.url}{route}", json=body, timeout=60)
+        assert response.status_code < 500, (route, response.text)
+    assert httpx.get(f"{annealing_server.url}/health", timeout=30).status_code == 200
+
+
 def test_greedy_decoding_stays_greedy(annealing_server: ServerProcess, server: Any) -> None:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 10, "temperature": 0}
     texts = [

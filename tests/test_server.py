@@ -388,6 +388,8 @@ BAD = [
     ({"annealing": {}, "temperature": 0.7}, "temperature", "absent or 1"),
     ({"annealing": {}, "temperature": 0}, "temperature", "absent or 1"),
     ({"annealing": {}, "top_k": 1}, "top_k", "greedy"),
+    ({"annealing": {}, "beam_width": 2}, "beam_width", "must be 1 or absent"),
+    ({"annealing": {}, "custom_params": [1]}, "custom_params", "must be an object, got [1]"),
     ({"rollout": "yes"}, "rollout", "must be a boolean"),
     ({"rollout": {"entropies": 1}}, "rollout.entropies", "must be a boolean, got 1"),
 ]
