@@ -294,8 +294,9 @@ def test_nothing_waits_for_the_device(on: str) -> None:
     """One step's work on our side, in which every look at a value from the host is an error.
 
     Tensors on "meta" have no values: item(), tolist(), nonzero() or a bool of one raise. On a GPU,
-    torch raises at whatever synchronises. What leaves is copied by the function SGLang gives, once
-    for the values and once for the state.
+    torch raises at whatever synchronises, and a profiler's trace shows neither a wait nor a copy
+    to the host. What leaves is copied by the function SGLang gives, once for the values and once
+    for the state.
     """
     from ead_sampler import sampling
 
@@ -334,17 +335,25 @@ def test_nothing_waits_for_the_device(on: str) -> None:
         output.next_token_logits.copy_((output.next_token_logits / info.temperatures).softmax(-1))
         return token_ids
 
+    def step() -> None:
+        setattr(info, sampling.ROWS, rows)
+        sampling.keep_model_logprobs(None, output, info)
+        output.auxiliary_device_output = None
+        sampling.sample(sampler, None, output, info, False, [], [], positions)
+        AnnealedRows.merge(rows.filter(keep, keep_device), rows, 2, batch)
+
+    step()
     if on == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
-    try:
-        setattr(info, sampling.ROWS, rows)
-        sampling.keep_model_logprobs(None, output, info)
-        sampling.sample(sampler, None, output, info, False, [], [], positions)
-        AnnealedRows.merge(rows.filter(keep, keep_device), rows, 2, batch)
-    finally:
-        if on == "cuda":
+        try:
+            with torch.profiler.profile() as trace:
+                step()
+        finally:
             torch.cuda.set_sync_debug_mode("default")
+        names = {event.name for event in trace.events()}
+        waits = ("StreamSynchronize", "EventSynchronize", "DtoH")
+        assert not {name for name in names if any(wait in name for wait in waits)}
     copied: list[torch.Tensor] = []
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
