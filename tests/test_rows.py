@@ -194,8 +194,9 @@ def test_clocks_phases_and_thresholds_survive_batching_and_retraction(
     def step(batch: list[Story], rows: AnnealedRows | None) -> None:
         """One sampling step; the rows object may be used by a batch that changed since."""
         positions = torch.tensor([story.prompt + len(story.tokens) - 1 for story in batch])
-        # multiples of 1/64, that neither float32 nor the order of additions can move
-        entropies = [random.randint(0, 640) / 64 for _ in batch]
+        # exact in float32, and far from the round numbers that a threshold may come back to
+        odd = 1 / 128 + 1 / 2048 + 1 / 32768 + 1 / 524288
+        entropies = [random.randint(0, 640) / 64 + odd for _ in batch]
         tokens = [random.randint(0, 14) for _ in batch]
         if rows is None:
             assert not any(story.request for story in batch)
