@@ -189,6 +189,8 @@ def generate_request(
         obj.sampling_params = each if isinstance(params, list) else each[0]
     if not any(asked(p.get("custom_params")) for p in each):
         return original(manager, obj, request)
+    if not manager.is_generation:  # SGLang would hand it to the scheduler, which dies of it
+        raise AnnealingError(ANNEALING, "this server cannot honour it: its model does not generate")
     if observe_items.get() is not None:
         obj.return_prompt_token_ids = True
     return _marked(original(manager, obj, request), manager, obj, each)

@@ -320,6 +320,10 @@ def test_an_embedding_server_embeds_and_ignores_a_default_schedule(start: Any) -
     with start("--is-embedding", EAD_ANNEALING="{}") as process:
         process.wait_until_ready()
         body = {"model": "tiny", "input": "hello"}
+        annealed = {"text": "x", "sampling_params": {"max_new_tokens": 2, "annealing": FAST}}
+        refused = httpx.post(f"{process.url}/generate", json=annealed, timeout=60)
+        assert refused.status_code == 400
+        assert "its model does not generate" in refused.text
         plain = post(process, "/v1/embeddings", body)
         asked = post(process, "/v1/embeddings", {**body, "annealing": FAST})
         vectors = [answer["data"][0]["embedding"] for answer in (plain, asked)]
