@@ -25,8 +25,6 @@ class TrainingStep:
     file, so it goes when its last process goes, however that ends.
     """
 
-    MAX = 1_000_000_000  # as Annealing.step
-
     def __init__(self, path: str | None = None) -> None:
         if path is None:
             self._file = os.memfd_create("ead-training-step")

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ead_sampler.schedule import (
     REGISTRY,
+    TAU_HIGHEST,
+    TAU_LOWEST,
     Annealing,
     AnnealingError,
     Numbers,
@@ -56,7 +58,7 @@ class _Range(Annealing):
         if self.tau_min > self.tau_max:
             raise AnnealingError(
                 "annealing.tau_min",
-                f"must be in [0.01, tau_max = {self.tau_max}], got {self.tau_min}",
+                f"must be in [{TAU_LOWEST}, tau_max = {self.tau_max}], got {self.tau_min}",
             )
         return self
 
@@ -151,6 +153,16 @@ class _Falling(_Range, PositionSchedule):
         length = min(self.length + self.length_growth * (self.step or 0), 1e9)
         return (self.tau_max, self.tau_min, length)
 
+    @staticmethod
+    def fallen(x: Tensor) -> Tensor:
+        """How far it has fallen at t / length = x: 0 is tau_max, 1 is tau_min."""
+        raise NotImplementedError
+
+    @classmethod
+    def evaluate(cls, t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
+        tau_max, tau_min, length = numbers[:3]
+        return torch.lerp(tau_max, tau_min, cls.fallen(t / length))
+
 
 @register
 class Linear(_Falling):
@@ -159,9 +171,8 @@ class Linear(_Falling):
     schedule: Literal["linear"] = "linear"
 
     @staticmethod
-    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, length = numbers[:3]
-        return torch.lerp(tau_max, tau_min, (t / length).clamp(max=1.0))
+    def fallen(x: Tensor) -> Tensor:
+        return x.clamp(max=1.0)
 
 
 @register
@@ -171,10 +182,8 @@ class Cosine(_Falling):
     schedule: Literal["cosine"] = "cosine"
 
     @staticmethod
-    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, length = numbers[:3]
-        fallen = (1.0 - torch.cos(math.pi * (t / length).clamp(max=1.0))) / 2
-        return torch.lerp(tau_max, tau_min, fallen)
+    def fallen(x: Tensor) -> Tensor:
+        return (1.0 - torch.cos(math.pi * x.clamp(max=1.0))) / 2
 
 
 @register
@@ -184,9 +193,8 @@ class Exponential(_Falling):
     schedule: Literal["exponential"] = "exponential"
 
     @staticmethod
-    def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
-        tau_max, tau_min, length = numbers[:3]
-        return torch.lerp(tau_max, tau_min, -torch.expm1(-t / length))
+    def fallen(x: Tensor) -> Tensor:
+        return -torch.expm1(-x)
 
 
 @register
@@ -229,8 +237,9 @@ class Piecewise(PositionSchedule):
             if not before < t <= 1e9 or t < 0:
                 low = "0" if index == 0 else f"above {before:g}"
                 raise AnnealingError(path, f"t must be in [{low}, 1e9] and rising, got {t}")
-            if not 0.01 <= tau <= 10.0:
-                raise AnnealingError(path, f"tau must be in [0.01, 10.0], got {tau}")
+            if not TAU_LOWEST <= tau <= TAU_HIGHEST:
+                allowed = f"[{TAU_LOWEST}, {TAU_HIGHEST}]"
+                raise AnnealingError(path, f"tau must be in {allowed}, got {tau}")
             before = t
         return knots
 
@@ -375,7 +384,7 @@ class Segment(Annealing):
             part = raw if isinstance(raw, Annealing) else parse_annealing(raw)
         except AnnealingError as error:
             field = path + error.field.removeprefix("annealing")
-            raise AnnealingError(field, str(error).split(": ", 1)[1]) from None
+            raise AnnealingError(field, error.message) from None
         if part.has_state:
             allowed = ", ".join(name for name, kind in REGISTRY.items() if not kind.has_state)
             raise AnnealingError(

@@ -75,7 +75,11 @@ def check_sampling(params: Mapping[str, Any]) -> None:
         )
     if top_k == 1:
         raise AnnealingError("top_k", "must not be 1 (greedy) together with annealing")
-    beam_width = params.get("beam_width")
+    check_beam_width(params.get("beam_width"))
+
+
+def check_beam_width(beam_width: object) -> None:
+    """Neither a schedule nor a rollout goes with beam search. Raises AnnealingError."""
     if beam_width is not None and beam_width != 1:
         raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
 
@@ -92,10 +96,8 @@ def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
     check_rollout(custom.get(ROLLOUT))
     if custom.get(ANNEALING) is not None:
         parse_annealing(custom[ANNEALING])
-        fields = ("temperature", "top_k", "beam_width")
-        check_sampling({field: getattr(params, field) for field in fields})
-    if params.beam_width is not None and params.beam_width > 1:
-        raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
+        check_sampling({"temperature": params.temperature, "top_k": params.top_k})
+    check_beam_width(params.beam_width)
     check_server_mode()
 
 
@@ -201,18 +203,19 @@ async def _marked(
 ) -> AsyncIterator[Any]:
     """The same items, their meta_info saying which schedule and which cuts were applied."""
     markers = [
-        (_markers(p, manager) if asked(p.get("custom_params")) else {}, p.get("custom_params"))
+        (_markers(p, manager) if asked(custom) else {}, wants_arrays(custom))
         for p in each
+        for custom in [p.get("custom_params")]
     ]
     observe = observe_items.get()
     async with aclosing(items):
         async for item in items:
             for index, answer in _answers(item):
                 prompt = index // (getattr(obj, "parallel_sample_num", 1) or 1)
-                marker, custom = markers[prompt if len(markers) > 1 else 0]
+                marker, arrays = markers[prompt if len(markers) > 1 else 0]
                 meta = answer["meta_info"]
                 # no arrays though asked for: the scheduler did not comply
-                if not wants_arrays(custom) or COLUMNS[0] in meta or not meta["completion_tokens"]:
+                if not arrays or COLUMNS[0] in meta or not meta["completion_tokens"]:
                     meta.update(marker)
                 if observe is not None:
                     observe({**answer, "index": index})
@@ -245,7 +248,7 @@ def _markers(params: dict[str, Any], manager: Any) -> dict[str, Any]:
     effective = {**(manager.preferred_sampling_params or {}), **params}
     top_k = effective.get("top_k")
     return {
-        ANNEALING: schedule and parse_annealing(schedule).model_dump(),
+        ANNEALING: schedule,
         SAMPLING: {
             "top_p": _number(effective.get("top_p"), 1.0),
             "top_k": -1 if top_k in (None, TOP_K_ALL) else top_k,

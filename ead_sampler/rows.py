@@ -135,19 +135,19 @@ class AnnealedRows:
     @cached_property
     def wants_entropies(self) -> bool:
         """Whether a request wants entropies or a schedule depends on them."""
-        return any(
-            (request.arrays and request.entropies)
-            or (request.annealing is not None and _uses_entropy(request.annealing))
-            for request in self.requests
-            if request
-        )
+        asked = any(request.arrays and request.entropies for request in self.requests if request)
+        return asked or any(phase.uses_entropy for phase in self._phases)
+
+    @cached_property
+    def _phases(self) -> list[Annealing]:
+        """Every phase of every row's schedule."""
+        schedules = [request.annealing for request in self.requests if request]
+        return [phase for schedule in schedules if schedule for phase in schedule.phases()]
 
     @cached_property
     def _kinds(self) -> tuple[int, ...]:
         """The kinds present, in any phase."""
-        schedules = [request.annealing for request in self.requests if request]
-        phases = [phase for schedule in schedules if schedule for phase in schedule.phases()]
-        return tuple(sorted({KINDS.index(type(phase)) for phase in phases}))
+        return tuple(sorted({KINDS.index(type(phase)) for phase in self._phases}))
 
     @cached_property
     def _all_annealed(self) -> bool:
@@ -155,9 +155,7 @@ class AnnealedRows:
 
     @cached_property
     def _scaled(self) -> bool:
-        schedules = [request.annealing for request in self.requests if request]
-        phases = [phase for schedule in schedules if schedule for phase in schedule.phases()]
-        return any(getattr(phase, "mean_matched", None) for phase in phases)
+        return any(getattr(phase, "mean_matched", None) for phase in self._phases)
 
     @cached_property
     def _only_phase(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -263,10 +261,6 @@ class AnnealedRows:
             columns,
             memories[0] if memories else None,
         )
-
-
-def _uses_entropy(schedule: Annealing) -> bool:
-    return any(phase.uses_entropy for phase in schedule.phases())
 
 
 def _cat(

@@ -195,7 +195,7 @@ def sample(
 
 
 # numbers of [B, V] worked on at once: what a CPU's caches hold, and little memory of a GPU
-_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
+_AT_ONCE_CPU, _AT_ONCE_GPU = 1 << 19, 1 << 24
 
 
 def entropy_of(logprobs: Tensor) -> Tensor:
@@ -203,7 +203,8 @@ def entropy_of(logprobs: Tensor) -> Tensor:
 
     Replaces them in place by -1e30, since 0 * -inf is not a number.
     """
-    rows = max(1, _AT_ONCE.get(logprobs.device.type, 1 << 24) // logprobs.shape[1])
+    at_once = _AT_ONCE_CPU if logprobs.device.type == "cpu" else _AT_ONCE_GPU
+    rows = max(1, at_once // logprobs.shape[1])
     entropies = []
     for part in logprobs.clamp_(min=-1e30).split(rows):
         probs = torch.exp(part, out=_workspace(part, "probabilities"))

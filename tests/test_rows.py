@@ -17,6 +17,7 @@ from test_kinds import FORMULAS, STATELESS, raw_schedules
 from ead_sampler import Annealing, parse_annealing
 from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
 from ead_sampler.sampling import entropy_of, kept_mass
+from ead_sampler.selftest import sampling_info
 
 
 def tau_of(schedule: Annealing, t: int, entropy: float) -> float:
@@ -279,7 +280,7 @@ def test_kept_mass_equals_a_naive_count(
 @pytest.mark.parametrize("rows", [1, 7])
 def test_entropies_equal_a_float64_sum_also_where_tokens_are_impossible(rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(rows, 151_936, generator=generator)  # several pieces, see _AT_ONCE
+    logits = 4 * torch.randn(rows, 151_936, generator=generator)  # several pieces, see _AT_ONCE_CPU
     logits[:, 5:99] = -math.inf
     exact = logits.double().softmax(-1)
     want = torch.special.entr(exact).sum(-1)
@@ -314,16 +315,13 @@ def test_nothing_waits_for_the_device(on: str) -> None:
     memory = torch.zeros(batch + 1, STATE_SIZE, device=on)
     rows = AnnealedRows.build([*asked, None, RowRequest(5)], on, places, memory)
     assert rows is not None
-    info = SimpleNamespace(
-        temperatures=torch.ones(batch, 1, device=on),
+    info = replace(
+        sampling_info(batch, vocabulary, on),
         top_ks=torch.full((batch,), 50, device=on),
         top_ps=torch.full((batch,), 0.9, device=on),
-        min_ps=torch.zeros(batch, device=on),
-        is_all_greedy=False,
         is_any_greedy=True,
         need_top_p_sampling=True,
         need_top_k_sampling=True,
-        need_min_p_sampling=False,
     )
     logits = torch.randn(batch, vocabulary, device=on)
     output = SimpleNamespace(next_token_logits=logits, auxiliary_device_output=None)

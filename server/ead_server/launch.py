@@ -8,6 +8,7 @@ import sys
 
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing
+from ead_sampler.requests import unsupported_mode
 from ead_server.process import hold_port
 
 DEFAULT_MODEL = "smollm2"
@@ -58,8 +59,6 @@ def serve(arguments: list[str]) -> None:
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
-
-    from ead_sampler.requests import unsupported_mode
 
     server_args = prepare_server_args(arguments)
     reason = unsupported_mode(server_args, os.environ)

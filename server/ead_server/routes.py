@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from ead_sampler.defaults import TrainingStep, training_step
+from ead_sampler.defaults import training_step
+from ead_sampler.schedule import MAX_STEP
 from ead_server.errors import openai_error
 
 
@@ -42,7 +43,7 @@ class StepSetting(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     step: int | None = Field(
-        ..., ge=0, le=TrainingStep.MAX, description="null: count the weight updates again"
+        ..., ge=0, le=MAX_STEP, description="null: count the weight updates again"
     )
 
 
