@@ -18,7 +18,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing, training_step
+from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing, shared_defaults
 from ead_sampler.schedule import AnnealingError
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,13 @@ HOOKS = (
         "`annealing` travels in custom_params; answers say what was applied",
     ),
     Hook(
+        f"{_MANAGER}.generate_request",
+        "self obj request",
+        "AROUND",
+        "ead_server.admission:generate_request",
+        "`ead serve`'s limits, request ids and counts, whatever the route",
+    ),
+    Hook(
         f"{_MANAGER}.update_request_meta_info",
         "self meta_info state customized_info index finish_reason",
         "AROUND",
@@ -118,6 +125,21 @@ HOOKS = (
             "completes a weight update: the default training step of a schedule",
         )
         for method in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
+    ),
+    # HTTP process
+    Hook(
+        "sglang.srt.utils.auth.add_api_key_middleware",
+        "app api_key admin_api_key",
+        "AROUND",
+        "ead_server.launch:add_api_key_middleware",
+        "under `ead serve` the keys are checked by ead_server.guard",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
+        "self signum frame",
+        "AFTER",
+        "ead_server.launch:end_in_time",
+        "SGLang waits for the answers in progress without end",
     ),
 )
 
@@ -141,7 +163,7 @@ def load() -> None:
         HookRegistry.register(hook.target, _resolve(hook.ours), HookType[hook.kind])
     if _serves_http():
         importlib.import_module("ead_server.middleware").install()
-        training_step()  # made here, before any worker process that shares it
+        shared_defaults()  # made here, before any worker process that shares it
         # With several tokenizer workers, uvicorn imports its app by this name in each of them.
         os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "ead_server.app:app")
 

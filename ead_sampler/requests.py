@@ -15,7 +15,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from ead_sampler.defaults import default_annealing, training_step
+from ead_sampler.defaults import default_annealing, shared_defaults
 from ead_sampler.schedule import AnnealingError, parse_annealing
 
 ANNEALING = "annealing"
@@ -210,7 +210,7 @@ async def _marked(
     observe = observe_items.get()
     async with aclosing(items):
         async for item in items:
-            for index, answer in _answers(item):
+            for index, answer in answers_of(item):
                 prompt = index // (getattr(obj, "parallel_sample_num", 1) or 1)
                 marker, arrays = markers[prompt if len(markers) > 1 else 0]
                 meta = answer["meta_info"]
@@ -222,7 +222,7 @@ async def _marked(
             yield item
 
 
-def _answers(item: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def answers_of(item: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """(choice index, answer) of what generate_request yields: one answer, or all of a batch."""
     if isinstance(item, list):
         yield from enumerate(item)
@@ -237,7 +237,7 @@ def _completed(params: dict[str, Any], manager: Any) -> dict[str, Any]:
         return params
     raw = custom[ANNEALING]
     if raw.get("step") is None:
-        raw = {**raw, "step": training_step().now}
+        raw = {**raw, "step": shared_defaults().step}
     schedule = parse_annealing(raw).resolved(getattr(manager, "tokenizer", None))
     return {**params, "custom_params": {**custom, ANNEALING: schedule.model_dump()}}
 
@@ -296,5 +296,5 @@ async def count_weight_update(
     """
     result = await original(manager, *args, **kwargs)
     if result[0]:
-        training_step().count_weight_update()
+        shared_defaults().count_weight_update()
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ead_client import Client
 from ead_sampler import device
 from ead_server.process import ServerProcess
 
+os.environ["EAD_WEIGHTS_ROOT"] = tempfile.gettempdir()  # pytest's own folders are below it
 device.choose()  # before anything imports transformers, see ead_sampler/device.py
 
 # No deadline: these machines are shared. In CI the same examples every time; new ones elsewhere.
@@ -47,7 +49,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="session")
 def client(server: ServerProcess) -> Iterator[Client]:
-    with Client(server.url, timeout=120) as client:
+    with Client(server.url, admin_api_key=server.admin_api_key, timeout=120) as client:
         yield client
 
 

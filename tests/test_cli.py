@@ -38,9 +38,12 @@ def test_help_exists_and_shows_an_example(command: list[str]) -> None:
     [
         (["models", "pull", "other"], "no embedded model 'other'; there is: smollm2"),
         (["serve", "--model-path"], "--model-path needs a value"),
-        (["serve", "--annealing"], "--annealing needs a value"),
         (["serve", "--annealing", "{'a'"], "annealing: is not valid JSON"),
         (["serve", '--annealing={"tau_max": 99}'], "annealing.tau_max: must be a finite number"),
+        (["serve", "--enable-custom-logit-processor"], "unpickles code that clients send"),
+        (["serve", "--max-body-bytes", "1"], "--max-body-bytes: Input should be greater than"),
+        (["serve", "--log-format", "xml"], "--log-format: Input should be 'text', 'json' or 'off'"),
+        (["serve", "--api-key-file", "/no/such/file"], "cannot read /no/such/file: No such file"),
     ],
 )
 def test_mistakes_are_a_sentence_and_a_status(arguments: list[str], says: str) -> None:

@@ -164,7 +164,9 @@ def steps_seen(server: ServerProcess) -> set[int]:
 
 
 def put_step(server: ServerProcess, body: Any) -> httpx.Response:
-    return httpx.put(f"{server.url}/v1/annealing/step", json=body, timeout=30)
+    return httpx.put(
+        f"{server.url}/v1/annealing/step", json=body, headers=server.admin_headers, timeout=30
+    )
 
 
 def test_every_worker_uses_the_step_that_was_set_else_the_weight_updates(
@@ -182,10 +184,8 @@ def test_every_worker_uses_the_step_that_was_set_else_the_weight_updates(
     assert post(annealing_server, "/generate", own)["meta_info"]["annealing"]["step"] == 3
 
     for _ in range(2):
-        answer = httpx.post(
-            f"{url}/update_weights_from_disk", json={"model_path": str(tiny_model)}, timeout=60
-        )
-        assert answer.json()["success"]
+        body = {"model_path": str(tiny_model)}
+        assert post(annealing_server, "/update_weights_from_disk", body)["success"]
     assert steps_seen(annealing_server) == {7}
     assert put_step(annealing_server, {"step": None}).json()["step"] == 2
     assert steps_seen(annealing_server) == {2}

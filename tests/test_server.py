@@ -451,6 +451,6 @@ def test_errors_of_sglang_keep_openai_shape(server: ServerProcess) -> None:
 
 
 def post(server: ServerProcess, route: str, body: dict[str, Any]) -> Any:
-    response = httpx.post(server.url + route, json=body, timeout=300)
+    response = httpx.post(server.url + route, json=body, headers=server.admin_headers, timeout=300)
     assert response.status_code == 200, response.text
     return response.json()

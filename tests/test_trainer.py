@@ -126,7 +126,9 @@ def trainer(client: Client, tiny_model: Path, tmp_path: Path) -> Any:
     )
     yield GrpoTrainer(config, policy, tokenizer, SayMore(), client, publisher)
     original = {"model_path": str(tiny_model), "weight_version": "default"}
-    assert client.request("POST", "/update_weights_from_disk", original).json()["success"]
+    assert client.request("POST", "/update_weights_from_disk", original, admin=True).json()[
+        "success"
+    ]
 
 
 def test_after_a_step_the_server_samples_from_the_new_weights(

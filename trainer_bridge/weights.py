@@ -1,7 +1,8 @@
 """New weights to the server: a safetensors folder that it loads, never pickled data.
 
 The fastest of SGLang's ways on one machine (0.1 s for 270 MB), and the one that rolls back when
-loading fails. Trainer and server must see the same file system.
+loading fails. Trainer and server must see the same file system, and `ead serve` wants the folder to
+be in its `--weights-root`, and the client's admin key.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class WeightPublisher:
             model.save_pretrained(target, state_dict=_state_dict(model, self.dtype))
             body = {"model_path": str(target.resolve()), "weight_version": str(version)}
             answer = self.client.request(
-                "POST", "/update_weights_from_disk", body, repeatable=True
+                "POST", "/update_weights_from_disk", body, repeatable=True, admin=True
             ).json()
         finally:
             shutil.rmtree(target, ignore_errors=True)

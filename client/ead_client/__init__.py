@@ -16,6 +16,7 @@ from ead_client._errors import (
     ServerUnavailable,
     TimedOut,
 )
+from ead_client._rollouts import Group, Rollouts
 from ead_client._types import AnnealingDict, Answer, Choice, Chunk, Rollout
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "Client",
     "ConnectionFailed",
     "EadError",
+    "Group",
     "MalformedAnswer",
     "RequestRefused",
     "Rollout",
+    "Rollouts",
     "ScheduleIgnored",
     "ServerUnavailable",
     "TimedOut",

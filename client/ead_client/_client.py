@@ -24,15 +24,20 @@ from ead_client._errors import (
     ServerUnavailable,
     TimedOut,
 )
+from ead_client._rollouts import FRAMES, WHOLE, Frames, Group, Rollouts, unpack
 from ead_client._types import AnnealingDict, Answer, Chunk
 
 Json = dict[str, Any]
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+# Of a rollout request: texts, token ids, messages, or objects with metadata, prefix and own n.
+Prompts = Sequence[str | Sequence[int] | Messages | Mapping[str, Any]]
+Annealing = AnnealingDict | Mapping[str, Any] | None
 AnswerT = TypeVar("AnswerT", Answer, Chunk)
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+ROLLOUTS = "/v1/rollouts"
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # seconds; a long answer takes minutes
 _RETRIED_STATUS = frozenset({429, 502, 503, 504})
 
@@ -48,11 +53,13 @@ class _Calls:
         timeout: httpx.Timeout | float,
         retries: int,
         model: str,
+        admin_api_key: str | None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.model = model
         self._retries = retries
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = _bearer(api_key)
+        self._admin_headers = _bearer(admin_api_key)
         self._options: Json = {"base_url": self.base_url, "timeout": timeout, "headers": headers}
 
     def __repr__(self) -> str:
@@ -60,7 +67,7 @@ class _Calls:
 
     def _body(
         self,
-        annealing: AnnealingDict | Mapping[str, Any] | None,
+        annealing: Annealing,
         rollout: bool | Mapping[str, bool],
         fields: Json,
     ) -> Json:
@@ -85,6 +92,65 @@ class _Calls:
         if isinstance(error, TimedOut):
             return repeatable or isinstance(error.__cause__, httpx.ConnectTimeout)
         return isinstance(error, ApiError) and error.status in _RETRIED_STATUS
+
+    def _rollouts_body(
+        self, prompts: Prompts, n: int, annealing: Annealing, sampling_params: Json, entropies: bool
+    ) -> Json:
+        sent = [dict(p) if isinstance(p, Mapping) else p for p in prompts]
+        body: Json = {"prompts": sent, "n": n, "entropies": entropies}
+        if annealing is not None:
+            body["annealing"] = dict(annealing)
+        return {**body, "sampling_params": sampling_params}
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def _rollouts_headers(accept: str, idempotency_key: str | None) -> dict[str, str]:
+    key = {"idempotency-key": idempotency_key} if idempotency_key else {}
+    return {"accept": accept, **key}
+
+
+def _checked_groups(body: Json, groups: list[Group]) -> list[Group]:
+    """The groups, whose answers must show that the schedule was honoured."""
+    for group in groups:
+        for answer in group.answers:
+            if answer.error is None:
+                honoured = answer.rollout is not None and answer.rollout.annealing is not None
+                _check_marker(body, honoured, True)
+    return groups
+
+
+def _whole_rollouts(body: Json, data: bytes) -> Rollouts:
+    about, groups = unpack(data)
+    if "id" not in about:
+        raise MalformedAnswer(f"not rollouts: {about!r:.200}")
+    return Rollouts(
+        id=about["id"],
+        model=about["model"],
+        usage=about["usage"],
+        groups=_checked_groups(body, groups),
+    )
+
+
+class _GroupStream:
+    """Reads frames into groups, and knows whether the stream came to its end."""
+
+    def __init__(self, body: Json) -> None:
+        self._body = body
+        self._frames = Frames()
+        self._ended = False
+
+    def feed(self, data: bytes) -> Iterator[Group]:
+        for frame in self._frames.feed(data):
+            about, groups = unpack(frame)
+            self._ended = about.get("object") == "rollouts.end"
+            yield from _checked_groups(self._body, groups)
+
+    def check_end(self) -> None:
+        if not self._ended:
+            raise ConnectionFailed("the stream of groups ended before its last frame")
 
 
 def _check_status(response: httpx.Response) -> None:
@@ -174,6 +240,7 @@ class Client(_Calls):
 
     timeout: seconds or httpx.Timeout. retries: further tries, with growing pauses, of what is
     safe to send again: reads, and calls that the server never began. model: as served.
+    admin_api_key: for calls that change the server, see `request`.
     """
 
     def __init__(
@@ -181,19 +248,27 @@ class Client(_Calls):
         base_url: str = "http://127.0.0.1:30000",
         *,
         api_key: str | None = None,
+        admin_api_key: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
         retries: int = 3,
         model: str = "default",
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        super().__init__(base_url, api_key=api_key, timeout=timeout, retries=retries, model=model)
+        super().__init__(
+            base_url,
+            api_key=api_key,
+            admin_api_key=admin_api_key,
+            timeout=timeout,
+            retries=retries,
+            model=model,
+        )
         self._http = httpx.Client(transport=transport, **self._options)
 
     def chat(
         self,
         messages: Messages,
         *,
-        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        annealing: Annealing = None,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
@@ -209,7 +284,7 @@ class Client(_Calls):
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        annealing: Annealing = None,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
@@ -221,7 +296,7 @@ class Client(_Calls):
         self,
         messages: Messages,
         *,
-        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        annealing: Annealing = None,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Iterator[Chunk]:
@@ -240,19 +315,79 @@ class Client(_Calls):
         except httpx.HTTPError as error:
             raise _transport_error(error) from error
 
+    def rollouts(
+        self,
+        prompts: Prompts,
+        *,
+        n: int = 1,
+        annealing: Annealing = None,
+        entropies: bool = False,
+        idempotency_key: str | None = None,
+        **sampling_params: Any,
+    ) -> Rollouts:
+        """n answers to each prompt, in one call, with all that a trainer needs of each token.
+
+        Prompts are texts, token ids, chat messages, or objects: {"text" | "messages" |
+        "token_ids", "prefix_token_ids", "n", "metadata"}. sampling_params: SGLang's
+        (max_new_tokens, stop, ...). One prompt's failure is its group's `error`; see
+        `Rollouts.errors`. With an idempotency_key a lost connection is retried, and the server
+        goes on where it was; without one, a lost connection ends the generation.
+        """
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        headers = _rollouts_headers(WHOLE, idempotency_key)
+        repeatable = idempotency_key is not None
+        response = self.request("POST", ROLLOUTS, body, repeatable=repeatable, headers=headers)
+        return _whole_rollouts(body, response.content)
+
+    def stream_rollouts(
+        self,
+        prompts: Prompts,
+        *,
+        n: int = 1,
+        annealing: Annealing = None,
+        entropies: bool = False,
+        idempotency_key: str | None = None,
+        **sampling_params: Any,
+    ) -> Iterator[Group]:
+        """The groups of `rollouts` as they complete, so that the first can be scored while others
+        are generated. Leaving the iteration ends the generation, unless there is a key.
+        """
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        headers = _rollouts_headers(FRAMES, idempotency_key)
+        stream = _GroupStream(body)
+        try:
+            with self._http.stream("POST", ROLLOUTS, json=body, headers=headers) as response:
+                if response.status_code >= 400:
+                    response.read()
+                _check_status(response)
+                for data in response.iter_bytes():
+                    yield from stream.feed(data)
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+        stream.check_end()
+
     def request(
-        self, method: str, path: str, body: Json | None = None, *, repeatable: bool | None = None
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        *,
+        repeatable: bool | None = None,
+        admin: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         """Any route of the server. Raises EadError; see `retries`.
 
-        repeatable: whether doing it twice is harmless (default: for GET).
+        repeatable: whether doing it twice is harmless (default: for GET). admin: send the admin
+        key, if there is one: for weights, schedule, step, pauses and aborts.
         """
+        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
         repeatable = method == "GET" if repeatable is None else repeatable
         attempt = 0
         while True:
             try:
                 try:
-                    response = self._http.request(method, path, json=body)
+                    response = self._http.request(method, path, json=body, headers=headers)
                 except httpx.HTTPError as error:
                     raise _transport_error(error) from error
                 _check_status(response)
@@ -291,19 +426,27 @@ class AsyncClient(_Calls):
         base_url: str = "http://127.0.0.1:30000",
         *,
         api_key: str | None = None,
+        admin_api_key: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
         retries: int = 3,
         model: str = "default",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        super().__init__(base_url, api_key=api_key, timeout=timeout, retries=retries, model=model)
+        super().__init__(
+            base_url,
+            api_key=api_key,
+            admin_api_key=admin_api_key,
+            timeout=timeout,
+            retries=retries,
+            model=model,
+        )
         self._http = httpx.AsyncClient(transport=transport, **self._options)
 
     async def chat(
         self,
         messages: Messages,
         *,
-        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        annealing: Annealing = None,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
@@ -315,7 +458,7 @@ class AsyncClient(_Calls):
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        annealing: Annealing = None,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
@@ -327,7 +470,7 @@ class AsyncClient(_Calls):
         self,
         messages: Messages,
         *,
-        annealing: AnnealingDict | Mapping[str, Any] | None = None,
+        annealing: Annealing = None,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> AsyncIterator[Chunk]:
@@ -347,16 +490,69 @@ class AsyncClient(_Calls):
         except httpx.HTTPError as error:
             raise _transport_error(error) from error
 
+    async def rollouts(
+        self,
+        prompts: Prompts,
+        *,
+        n: int = 1,
+        annealing: Annealing = None,
+        entropies: bool = False,
+        idempotency_key: str | None = None,
+        **sampling_params: Any,
+    ) -> Rollouts:
+        """See Client.rollouts."""
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        headers = _rollouts_headers(WHOLE, idempotency_key)
+        repeatable = idempotency_key is not None
+        response = await self.request(
+            "POST", ROLLOUTS, body, repeatable=repeatable, headers=headers
+        )
+        return _whole_rollouts(body, response.content)
+
+    async def stream_rollouts(
+        self,
+        prompts: Prompts,
+        *,
+        n: int = 1,
+        annealing: Annealing = None,
+        entropies: bool = False,
+        idempotency_key: str | None = None,
+        **sampling_params: Any,
+    ) -> AsyncIterator[Group]:
+        """See Client.stream_rollouts."""
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        headers = _rollouts_headers(FRAMES, idempotency_key)
+        stream = _GroupStream(body)
+        try:
+            async with self._http.stream("POST", ROLLOUTS, json=body, headers=headers) as response:
+                if response.status_code >= 400:
+                    await response.aread()
+                _check_status(response)
+                async for data in response.aiter_bytes():
+                    for group in stream.feed(data):
+                        yield group
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+        stream.check_end()
+
     async def request(
-        self, method: str, path: str, body: Json | None = None, *, repeatable: bool | None = None
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        *,
+        repeatable: bool | None = None,
+        admin: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         """See Client.request."""
+        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
         repeatable = method == "GET" if repeatable is None else repeatable
         attempt = 0
         while True:
             try:
                 try:
-                    response = await self._http.request(method, path, json=body)
+                    response = await self._http.request(method, path, json=body, headers=headers)
                 except httpx.HTTPError as error:
                     raise _transport_error(error) from error
                 _check_status(response)

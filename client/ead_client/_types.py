@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 class AnnealingDict(TypedDict, total=False):
     """The `annealing` object of a request. The server checks it and reports what it applied."""
 
-    schedule: Literal["ead"]
+    schedule: str  # "ead" and the others of /v1/annealing/schema
     preset: Literal["recipe", "paper"] | None
     tau_max: float
     tau_min: float
@@ -29,18 +29,23 @@ def _floats(values: Any) -> Any:
 
 
 def _ints(values: Any) -> Any:
+    """Integer arrays as they are, without copying; lists as int64."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+        return values
     return np.asarray(values, dtype=np.int64)
 
 
 Floats = Annotated[NDArray[np.float32], BeforeValidator(_floats)]
-Ints = Annotated[NDArray[np.int64], BeforeValidator(_ints)]
+Ints = Annotated[NDArray[np.integer[Any]], BeforeValidator(_ints)]
 
 
-class _Answer(BaseModel):
+class Answered(BaseModel):
+    """What a server said: unknown keys are of a newer one."""
+
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="ignore")
 
 
-class Rollout(_Answer):
+class Rollout(Answered):
     """What a trainer needs to know of one answer. All arrays have the same length T."""
 
     token_ids: Ints  # as sampled
@@ -67,13 +72,14 @@ class Rollout(_Answer):
         return len(self.token_ids)
 
 
-class Choice(_Answer):
+class Choice(Answered):
     """One generated answer."""
 
     index: int
     text: str
     finish_reason: str | None = None
     rollout: Rollout | None = None
+    error: dict[str, Any] | None = None  # of this answer alone, in /v1/rollouts
 
     @model_validator(mode="before")
     @classmethod
@@ -85,7 +91,7 @@ class Choice(_Answer):
         return raw
 
 
-class Answer(_Answer):
+class Answer(Answered):
     """All choices of one call, in the order of their index: prompt by prompt, n of each."""
 
     id: str

@@ -26,20 +26,93 @@ app.add_typer(models, name="models")
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=True,
 )
-def serve(context: typer.Context) -> None:
+def serve(
+    context: typer.Context,
+    annealing: Annotated[
+        str | None,
+        typer.Option(envvar="EAD_ANNEALING", help="JSON: schedule of requests that name none."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="EAD_API_KEY", help="Asked of every call but health.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(envvar="EAD_API_KEY_FILE", help="A file that holds it.")
+    ] = None,
+    admin_api_key: Annotated[
+        str | None,
+        typer.Option(envvar="EAD_ADMIN_API_KEY", help="For weights, schedule, step, aborts."),
+    ] = None,
+    admin_api_key_file: Annotated[
+        Path | None, typer.Option(envvar="EAD_ADMIN_API_KEY_FILE", help="A file that holds it.")
+    ] = None,
+    weights_root: Annotated[
+        Path | None,
+        typer.Option(envvar="EAD_WEIGHTS_ROOT", help="Folder that weights may be loaded from."),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Of one request.")] = 32 << 20,
+    max_answers: Annotated[int, typer.Option(help="Prompts times n of one request.")] = 4096,
+    max_n: Annotated[int, typer.Option(help="Answers to one prompt.")] = 128,
+    drain_seconds: Annotated[
+        float, typer.Option(help="For answers in progress when the server is told to end.")
+    ] = 30.0,
+    log_format: Annotated[
+        str, typer.Option(envvar="EAD_LOG_FORMAT", help="One line per request: text, json or off.")
+    ] = "text",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start again when the server dies.")
+    ] = False,
+) -> None:
     """Start the extended SGLang server. Every SGLang flag is passed on.
 
     Without --model-path it serves SmolLM2-135M-Instruct; without a GPU it runs on the CPU.
-    --annealing JSON anneals every request that does not say otherwise.
+    What changes the server (weights, schedule, step, aborts) is closed without an admin key.
 
     Example: ead serve --model-path Qwen/Qwen2.5-1.5B-Instruct --port 30000
 
     SGLang's flags: python -m sglang.launch_server --help
     """
-    from ead_server.launch import serve as run
+    from pydantic import ValidationError
 
+    from ead_server import launch
+    from ead_server.settings import Settings
+
+    refused = launch.refused_flags(context.args)
+    if refused:
+        raise SystemExit(f"ead: {refused}")
+    if restart:
+        from ead_server.process import keep_alive
+
+        command = [a for a in sys.argv[1:] if a != "--restart"]
+        raise SystemExit(keep_alive([sys.executable, "-m", "ead_server.cli", *command]))
+    try:
+        settings = Settings.model_validate(
+            {
+                "api_key": _key(api_key, api_key_file),
+                "admin_api_key": _key(admin_api_key, admin_api_key_file),
+                "weights_root": weights_root,
+                "max_body_bytes": max_body_bytes,
+                "max_answers": max_answers,
+                "max_n": max_n,
+                "drain_seconds": drain_seconds,
+                "log_format": log_format,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
     with _said_plainly():
-        run(context.args)
+        launch.serve(context.args, settings, annealing)
+
+
+def _key(value: str | None, file: Path | None) -> str | None:
+    """A secret given in the environment or on the command line, or in a file."""
+    if value is not None or file is None:
+        return value
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise SystemExit(f"ead: cannot read {file}: {error.strerror}") from None
 
 
 @app.command()

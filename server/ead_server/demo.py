@@ -43,7 +43,8 @@ def run(*, steps: int, out: Path, port: int) -> None:
     console.rule("[bold]1  Model and server")
     console.print(f"device: {device.choose()}")
     model = models.pull()
-    with ServerProcess(["--dtype", DTYPE], out / "server.log", port=port) as server:
+    arguments = ["--dtype", DTYPE, "--weights-root", str(out)]
+    with ServerProcess(arguments, out / "server.log", port=port) as server:
         with _waiting(console, "starting SGLang") as say:
             server.wait_until_ready(progress=say)
         console.print(f"serving SmolLM2-135M-Instruct at {server.url}, log in {server.log}")
@@ -52,7 +53,7 @@ def run(*, steps: int, out: Path, port: int) -> None:
         choices = _ask(console, server.url)
 
         console.rule(f"[bold]3  {steps} GRPO steps against the same server")
-        _train(console, server.url, model, steps, out)
+        _train(console, server, model, steps, out)
         with _waiting(console, "stopping the server"):
             server.stop()
 
@@ -108,7 +109,7 @@ def _ask(console: Console, url: str) -> list[Any]:
     return list(answer.choices)
 
 
-def _train(console: Console, url: str, model: Path, steps: int, out: Path) -> None:
+def _train(console: Console, server: ServerProcess, model: Path, steps: int, out: Path) -> None:
     """GRPO on a verifiable task; one line of figures per step."""
     import torch
     from transformers.utils import logging
@@ -127,7 +128,7 @@ def _train(console: Console, url: str, model: Path, steps: int, out: Path) -> No
         annealing=TRAIN_SCHEDULE,
         learning_rate=2e-6,
     )
-    with Client(url) as client:
+    with Client(server.url, admin_api_key=server.admin_api_key) as client:
         publisher = WeightPublisher(client, out / "weights", dtype=getattr(torch, DTYPE))
         trainer = GrpoTrainer(config, policy, tokenizer, LetterCounting(), client, publisher)
         console.print(

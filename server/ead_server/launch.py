@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing
 from ead_sampler.requests import unsupported_mode
+from ead_server.guard import log_to_stderr
 from ead_server.process import hold_port
+from ead_server.settings import Settings, current
 
 DEFAULT_MODEL = "smollm2"
+
+# Metrics, and one line per request: ours, see guard.py
+_FLAGS = (("--enable-metrics",), ("--log-level-http", "warning"))
 
 # Where torch_native and pytorch are the backends that work; a user's own flag wins.
 _CPU_FLAGS = (
@@ -25,19 +33,20 @@ _CPU_FLAGS = (
 )
 
 
-def serve(arguments: list[str]) -> None:
+def serve(arguments: list[str], settings: Settings, annealing: str | None = None) -> None:
     """Run the server until it is stopped.
 
-    arguments: SGLang's, all passed on, and `--annealing JSON`, the schedule of requests without.
+    arguments: SGLang's, all passed on. annealing: JSON, the schedule of requests without one.
 
     Before any model is loaded, raises SystemExit when this SGLang cannot be extended, and
     ServerFailed when the port is taken.
     """
-    print(f"ead: device: {device.choose()}", file=sys.stderr, flush=True)
-    arguments, annealing = without_annealing(arguments)
+    _say(f"device: {device.choose()}")
     if annealing is not None:
         os.environ[DEFAULT_ANNEALING] = annealing
     arguments = with_defaults(arguments, cpu=device.is_cpu())
+    settings.export()
+    log_to_stderr()
 
     from sglang.srt.plugins import load_plugins
 
@@ -48,13 +57,9 @@ def serve(arguments: list[str]) -> None:
     missing = plugin.hooks_not_in_place()
     if missing:
         raise SystemExit("ead: SGLang did not apply these hooks: " + ", ".join(missing))
-    print(
-        f"ead: sglang {plugin.SUPPORTED_SGLANG}, {len(plugin.HOOKS)} hooks in place",
-        file=sys.stderr,
-        flush=True,
-    )
+    _say(f"sglang {plugin.SUPPORTED_SGLANG}, {len(plugin.HOOKS)} hooks in place")
     if default_annealing() is not None:
-        print(f"ead: default schedule: {json.dumps(default_annealing())}", file=sys.stderr)
+        _say(f"default schedule: {json.dumps(default_annealing())}")
 
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
@@ -64,6 +69,17 @@ def serve(arguments: list[str]) -> None:
     reason = unsupported_mode(server_args, os.environ)
     if default_annealing() is not None and reason is not None:
         raise SystemExit(f"ead: this server cannot honour a default schedule: {reason}")
+    if settings.api_key is not None and server_args.tokenizer_worker_num > 1:
+        raise SystemExit("ead: SGLang has no API keys with --tokenizer-worker-num above 1")
+    # the real keys stay out of what SGLang prints and shows; this one is for its own warm-up
+    server_args.admin_api_key = settings.warm_up_key
+    if settings.api_key is not None:
+        server_args.api_key = settings.warm_up_key
+    if not _is_loopback(server_args.host) and settings.api_key is None:
+        _say(
+            f"WARNING: listening on {server_args.host} without an API key: whoever reaches this "
+            "port can generate without limit; set EAD_API_KEY or --api-key-file"
+        )
     # before the model is loaded: SGLang finds out after it, then hangs in its warm-up
     hold_port(server_args.host, server_args.port).close()
     try:
@@ -72,14 +88,55 @@ def serve(arguments: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def without_annealing(arguments: list[str]) -> tuple[list[str], str | None]:
-    """SGLang's arguments, and the value of ours, `--annealing`, if it is among them."""
-    at = next((i for i, a in enumerate(arguments) if _flag(a) == "--annealing"), None)
-    if at is None:
-        return arguments, None
-    value = _value(arguments, at)
-    width = 1 if "=" in arguments[at] else 2
-    return [*arguments[:at], *arguments[at + width :]], value
+def _say(line: str) -> None:
+    print(f"ead: {line}", file=sys.stderr, flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def refused_flags(arguments: list[str]) -> str | None:
+    """Why a flag of SGLang's is not taken by `ead serve`, or None."""
+    for argument in arguments:
+        reason = _REFUSED_FLAGS.get(_flag(argument))
+        if reason is not None:
+            return f"{_flag(argument)}: {reason}"
+    return None
+
+
+_REFUSED_FLAGS = {
+    "--enable-custom-logit-processor": "unpickles code that clients send; use `annealing`",
+}
+
+
+# --- hooks, see ead_sampler.plugin ----------------------------------------------------------------
+
+
+def add_api_key_middleware(original: Callable[..., None], *args: Any, **keys: Any) -> None:
+    """AROUND sglang.srt.utils.auth.add_api_key_middleware."""
+    if current() is None:
+        original(*args, **keys)
+
+
+def end_in_time(result: None, handler: Any, *signal: Any) -> None:
+    """AFTER SignalHandler.sigterm_handler: what is not finished in time is aborted.
+
+    Its clients get what was generated, with the finish reason "abort".
+    """
+    settings = current()
+    if settings is None:
+        return
+    manager = handler.tokenizer_manager
+    manager.event_loop.call_later(settings.drain_seconds, lambda: _abort_all(manager))
+
+
+def _abort_all(manager: Any) -> None:
+    manager.abort_request(abort_all=True)
+    manager.event_loop.call_later(1.0, lambda: _abort_all(manager))  # what was still queued
 
 
 def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:
@@ -96,10 +153,9 @@ def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:
         if name == DEFAULT_MODEL and not _given(arguments, "--served-model-name"):
             arguments += ["--served-model-name", DEFAULT_MODEL]
         _replace(arguments, model_at, resolve(name))
-    if cpu:
-        for flag, *value in _CPU_FLAGS:
-            if not _given(arguments, flag):
-                arguments += [flag, *value]
+    for flag, *value in (*_FLAGS, *(_CPU_FLAGS if cpu else ())):
+        if not _given(arguments, flag):
+            arguments += [flag, *value]
     return arguments
 
 

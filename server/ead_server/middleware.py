@@ -22,28 +22,37 @@ from ead_sampler.requests import (
     with_default,
 )
 from ead_sampler.schedule import AnnealingError
+from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
 from ead_server.errors import as_openai_error, openai_error
-from ead_server.rollout import Recorder
+from ead_server.recorder import Recorder
 
 Json = dict[str, Any]
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
-OPENAI_ROUTES = ("/v1/chat/completions", "/v1/completions")
-ROUTES = (*OPENAI_ROUTES, "/generate")
-_FIELDS = (ANNEALING.encode(), ROLLOUT.encode())
+OPENAI_ROUTES = ("/v1/chat/completions", "/v1/completions", "/invocations")
+# Other dialects, whose requests and answers have no place for our fields: refused, not ignored.
+WITHOUT_FIELDS = (
+    "/v1/responses",
+    "/v1/messages",
+    "/api/chat",
+    "/api/generate",
+    "/vertex_generate",
+)
+ROUTES = (*OPENAI_ROUTES, "/generate", *WITHOUT_FIELDS)
+_NAMES = (ANNEALING, ROLLOUT)
+_FIELDS = tuple(name.encode() for name in _NAMES)
 
 
 def install() -> None:
-    """Put the middleware around SGLang's FastAPI app, and our routes on it, once."""
+    """Put the middlewares around SGLang's FastAPI app, and our routes on it, once."""
     from sglang.srt.entrypoints.http_server import app
 
-    from ead_server.routes import router
+    from ead_server.guard import Guard
+    from ead_server.routes import install_routes
 
     if not any(added.cls is AnnealingMiddleware for added in app.user_middleware):
         app.add_middleware(AnnealingMiddleware)
-        app.include_router(router)
+        app.add_middleware(Guard)  # the later one is the outer one
+        install_routes(app)
 
 
 class AnnealingMiddleware:
@@ -53,15 +62,15 @@ class AnnealingMiddleware:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        path = _route(scope)
+        path = route_of(scope)
         if path not in ROUTES or scope["method"] not in ("POST", "PUT"):
             await self.app(scope, receive, send)
             return
-        body = await _read_body(receive)
+        body = await read_body(receive)
         if body is None:  # the client is gone
             return
         if not any(field in body for field in _FIELDS) and default_annealing() is None:
-            await self.app(scope, _replay(body, receive), send)
+            await self.app(scope, replay(body, receive), send)
             return
         try:
             request = orjson.loads(body)
@@ -74,11 +83,11 @@ class AnnealingMiddleware:
             await _send_error(send, str(error), error.field)
             return
         if rewritten is request:  # the words appeared somewhere else, in a prompt perhaps
-            await self.app(scope, _replay(body, receive), send)
+            await self.app(scope, replay(body, receive), send)
             return
 
         scope = {**scope, "headers": _without_length(scope["headers"])}
-        receive = _replay(orjson.dumps(rewritten), receive)
+        receive = replay(orjson.dumps(rewritten), receive)
         if path not in OPENAI_ROUTES or not wants_arrays(rewritten["custom_params"]):
             # nothing to add: /generate carries the arrays in meta_info
             await self.app(scope, receive, _OpenAIErrors(send))
@@ -91,20 +100,17 @@ class AnnealingMiddleware:
             observe_items.reset(token)
 
 
-def _route(scope: Any) -> str | None:
-    """The path below a proxy's prefix (--fastapi-root-path); None for what is not HTTP."""
-    if scope["type"] != "http":
-        return None
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
-
-
 # --- requests ----------------------------------------------------------------------------------
 
 
 def _rewrite(path: str, request: Any) -> Any:
     """The request with our fields moved to `custom_params`; itself when it has none."""
     if not isinstance(request, dict):
+        return request
+    if path in WITHOUT_FIELDS:
+        for field in _NAMES:
+            if request.get(field) is not None:
+                raise AnnealingError(field, f"not on this route; use {', '.join(OPENAI_ROUTES)}")
         return request
     if path in OPENAI_ROUTES:
         return into_custom_params(with_default(_from_template_kwargs(request)))
@@ -117,7 +123,7 @@ def _rewrite(path: str, request: Any) -> Any:
             rewritten = params
     else:
         rewritten = params
-    for field in (ANNEALING, ROLLOUT):
+    for field in _NAMES:
         if field in request:
             raise AnnealingError(field, "belongs inside sampling_params on this route")
     return request if rewritten is params else {**request, "sampling_params": rewritten}
@@ -129,31 +135,8 @@ def _from_template_kwargs(request: Json) -> Json:
     if not isinstance(kwargs, dict) or not (ANNEALING in kwargs or ROLLOUT in kwargs):
         return request
     rest = dict(kwargs)
-    moved = {field: rest.pop(field) for field in (ANNEALING, ROLLOUT) if field in rest}
+    moved = {field: rest.pop(field) for field in _NAMES if field in rest}
     return {**moved, **request, "chat_template_kwargs": rest}
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    chunks: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` once and then whatever the client does next."""
-    pending = [body]
-
-    async def replay() -> Message:
-        if pending:
-            return {"type": "http.request", "body": pending.pop(), "more_body": False}
-        return await receive()
-
-    return replay
 
 
 # --- answers -----------------------------------------------------------------------------------
@@ -177,7 +160,8 @@ class _OpenAIErrors:
         else:
             self.body += message.get("body", b"")
             if not message.get("more_body", False):
-                await _send_body(self.send, self.start, orjson.dumps(as_openai_error(self.body)))
+                error = as_openai_error(self.body)
+                await send_json(self.send, self.start["status"], error, self.start["headers"])
 
 
 class _Enriched:
@@ -208,19 +192,20 @@ class _Enriched:
             lines = [self._event(line) for line in whole.split(b"\n")]
             await self.send({**message, "body": b"\n".join(lines) + end})
         elif not more:
-            await _send_body(self.send, self.start, self._whole(self.buffer))
+            answer = self._whole(self.buffer)
+            await send_json(self.send, self.start["status"], answer, self.start["headers"])
 
-    def _whole(self, body: bytes) -> bytes:
+    def _whole(self, body: bytes) -> Json:
         if self.start["status"] >= 400:
-            return orjson.dumps(as_openai_error(body))
-        answer = orjson.loads(body)
+            return as_openai_error(body)
+        answer: Json = orjson.loads(body)
         for choice in answer.get("choices") or ():
             index = choice["index"]
             self.recorder.enrich_logprobs(index, choice.get("logprobs"))
             rollout = self.recorder.rollout(index)
             if rollout is not None:
                 choice["rollout"] = rollout
-        return orjson.dumps(answer)
+        return answer
 
     def _event(self, line: bytes) -> bytes:
         if not line.startswith(b"data: {"):
@@ -246,16 +231,7 @@ def _opens_message(choice: Json) -> bool:
 
 
 async def _send_error(send: Send, message: str, param: str | None) -> None:
-    start = {"type": "http.response.start", "status": 400, "headers": []}
-    await _send_body(send, start, orjson.dumps(openai_error(message, param, code=400)))
-
-
-async def _send_body(send: Send, start: Message, body: bytes) -> None:
-    replaced = (b"content-length", b"content-type")
-    headers = [(name, value) for name, value in start["headers"] if name.lower() not in replaced]
-    headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({**start, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    await send_json(send, 400, openai_error(message, param, code=400))
 
 
 def _without_length(headers: Any) -> list[tuple[bytes, bytes]]:

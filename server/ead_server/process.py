@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ class ServerFailed(RuntimeError):
 class ServerProcess:
     """`ead serve` (or another command) on loopback, started now and stopped on exit.
 
+    It has an admin key of its own, `admin_api_key`.
+
     port: 0 for any free one. command: without host and port. log: file that takes the server's
     output. Everything that the server starts is in its own process group, and is stopped with it.
     Raises ServerFailed when the port is taken.
@@ -45,6 +48,7 @@ class ServerProcess:
         self.port: int = self._held.getsockname()[1]
         self.url = f"http://{HOST}:{self.port}"
         self.log = log
+        self.admin_api_key = secrets.token_urlsafe(32)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -52,7 +56,11 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environ or {})},
+                env={
+                    **os.environ,
+                    "EAD_ADMIN_API_KEY": self.admin_api_key,
+                    **(environ or {}),
+                },
                 start_new_session=True,
             )
 
@@ -89,6 +97,11 @@ class ServerProcess:
         self.process.wait()
         self._held.close()
 
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """For calls that change the server."""
+        return {"authorization": f"Bearer {self.admin_api_key}"}
+
     def log_end(self, lines: int = 30) -> str:
         """The last lines of the server's output."""
         text = self.log.read_bytes()[-20_000:].decode(errors="replace")
@@ -104,6 +117,43 @@ class ServerProcess:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def keep_alive(command: Sequence[str], *, pause_s: float = 1.0) -> int:
+    """Run `command`, and run it again whenever it dies; the exit status of its last run.
+
+    It ends for good with status 0 or 2, when it fails within a minute of starting for the third
+    time in a row, and when this process is told to end, which is passed on. Status 1 counts as
+    dying. The pause before the next run doubles while runs are short, up to a minute.
+    """
+    stopped = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        if child is not None:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    short_runs = 0
+    while True:
+        started = time.monotonic()
+        child = subprocess.Popen(command, start_new_session=True)
+        status = child.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # what a killed server left behind
+        short_runs = short_runs + 1 if time.monotonic() - started < 60 else 0
+        if stopped or status in (0, 2) or short_runs >= 3:
+            return max(status, 0)
+        pause = min(pause_s * 2**short_runs, 60.0)
+        print(
+            f"ead: the server ended with status {status}; starting it again in {pause:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(pause)
 
 
 def hold_port(host: str, port: int = 0) -> socket.socket:

@@ -1,23 +1,33 @@
-"""Routes of our own on SGLang's app: the training step of requests that name none."""
+"""Routes of our own on SGLang's app: schedules, rollouts, health."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+import orjson
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ead_sampler.defaults import training_step
-from ead_sampler.schedule import MAX_STEP
+from ead_sampler.defaults import default_annealing, set_default_annealing, shared_defaults
+from ead_sampler.kinds import PRESETS
+from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
+from ead_server import metrics, packing, preview, settings
 from ead_server.errors import openai_error
+from ead_server.guard import current_call
+from ead_server.rollouts import Engine, Job, KeptJobs, KeyReused, RolloutRequest, plan, until_gone
+
+Json = dict[str, Any]
 
 
 class _OpenAIErrorsRoute(APIRoute):
-    """A bad body is a 400 in OpenAI's error shape, naming the field and the allowed range."""
+    """A bad request is a 400 in OpenAI's error shape, naming the field and the allowed range."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -26,15 +36,37 @@ class _OpenAIErrorsRoute(APIRoute):
             try:
                 return await handler(request)
             except RequestValidationError as error:
-                first = error.errors()[0]
-                field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-                message = f"{field}: {first['msg']}, got {first['input']!r}"[:300]
-                return JSONResponse(openai_error(message, field, code=400), status_code=400)
+                return _refused(_first(error.errors(), skip=1))
+            except ValidationError as error:
+                return _refused(_first(error.errors(include_url=False), skip=0))
+            except orjson.JSONDecodeError as error:
+                return _refused((f"the request body is not valid JSON: {error}", None))
+            except AnnealingError as error:
+                if (call := current_call.get()) is not None:
+                    call.refused = "schedule"
+                return _refused((str(error), error.field))
+            except KeyReused as error:
+                return _refused((str(error), "Idempotency-Key"), 422)
 
         return handle
 
 
-router = APIRouter(route_class=_OpenAIErrorsRoute)
+def _first(errors: Any, skip: int) -> tuple[str, str]:
+    """Message and field of the first of pydantic's errors."""
+    first = errors[0]
+    field = ".".join(str(part) for part in first["loc"][skip:]) or "body"
+    return f"{field}: {first['msg']}, got {first['input']!r:.200}", field
+
+
+def _refused(error: tuple[str, str | None], status: int = 400) -> Response:
+    message, field = error
+    return JSONResponse(openai_error(message, field, code=status), status_code=status)
+
+
+router = APIRouter(route_class=_OpenAIErrorsRoute, tags=["annealing"])
+
+
+# --- the schedule and the step of requests that name none ----------------------------------------
 
 
 class StepSetting(BaseModel):
@@ -55,15 +87,276 @@ class StepState(BaseModel):
     weight_updates: int = Field(description="weight updates since the server started")
 
 
+class Defaults(BaseModel):
+    """What holds for requests that do not say."""
+
+    annealing: Json | None = Field(description="the schedule; null: none")
+    step: StepState
+
+
+class DefaultsSetting(BaseModel):
+    """What is to hold from now on; what is absent stays as it is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    annealing: Json | None = Field(None, description="a schedule; null: none")
+    step: int | None = Field(
+        None, ge=0, le=MAX_STEP, description="null: count the weight updates again"
+    )
+
+
+@router.get("/v1/annealing")
+async def read_defaults() -> Defaults:
+    """The default schedule and the training step."""
+    return Defaults(annealing=default_annealing(), step=await read_step())
+
+
+@router.put("/v1/annealing")
+async def set_defaults(setting: DefaultsSetting) -> Defaults:
+    """Set either or both (admin). Answers in progress keep what they began with."""
+    if "annealing" in setting.model_fields_set:
+        set_default_annealing(setting.annealing)
+    if "step" in setting.model_fields_set:
+        shared_defaults().step_set_to = setting.step
+    return await read_defaults()
+
+
 @router.get("/v1/annealing/step")
 async def read_step() -> StepState:
     """The training step s of schedules whose request names none."""
-    step = training_step()
-    return StepState(step=step.now, set_to=step.set_to, weight_updates=step.weight_updates)
+    shared = shared_defaults()
+    return StepState(
+        step=shared.step, set_to=shared.step_set_to, weight_updates=shared.weight_updates
+    )
 
 
 @router.put("/v1/annealing/step")
 async def set_step(setting: StepSetting) -> StepState:
-    """Set it, for trainers that cannot thread a step through each request."""
-    training_step().set_to = setting.step
+    """Set it (admin), for trainers that cannot thread a step through each request."""
+    shared_defaults().step_set_to = setting.step
     return await read_step()
+
+
+# --- looking at schedules ---------------------------------------------------------------------
+
+
+@router.get("/v1/annealing/schema")
+async def read_schemas() -> Json:
+    """JSON Schema of the `annealing` object, by kind of schedule, and the presets' numbers."""
+    schemas = {name: kind.model_json_schema() for name, kind in REGISTRY.items()}
+    return {"schedules": schemas, "presets": PRESETS}
+
+
+class Preview(BaseModel):
+    """The temperatures that a schedule gives."""
+
+    annealing: Json = Field(description="the schedule in full")
+    temperatures: dict[int, list[float]] = Field(description="by training step")
+
+
+@router.get(
+    "/v1/annealing/preview",
+    response_model=Preview,
+    responses={200: {"content": {"image/svg+xml": {}}, "description": "JSON, or a plot"}},
+)
+async def read_preview(
+    request: Request,
+    annealing: Annotated[str, Query(description="a schedule, as JSON", max_length=20_000)] = "{}",
+    step: Annotated[
+        list[Annotated[int, Field(ge=0, le=MAX_STEP)]],
+        Query(description="training steps", max_length=16),
+    ] = [0],  # noqa: B006  (FastAPI copies it)
+    length: Annotated[int, Query(ge=1, le=100_000, description="tokens")] = 512,
+    entropy: Annotated[
+        float, Query(ge=0, le=20, description="nats, of every next token, where it matters")
+    ] = 1.0,
+) -> Response:
+    """Temperatures of the first tokens, as JSON, or as a plot with `Accept: image/svg+xml`."""
+    try:
+        raw = orjson.loads(annealing)
+    except orjson.JSONDecodeError as error:
+        raise AnnealingError("annealing", f"is not valid JSON ({error})") from None
+    schedule = parse_annealing(raw)
+    curves = preview.temperatures(schedule, step, length, entropy)
+    if "image/svg+xml" in request.headers.get("accept", ""):
+        named = {f"step {s}": curve for s, curve in curves.items()}
+        title = f"{schedule.schedule}: temperature by token"
+        return Response(preview.svg(title, named), media_type="image/svg+xml")
+    return JSONResponse({"annealing": schedule.model_dump(), "temperatures": curves})
+
+
+# --- rollouts ----------------------------------------------------------------------------------
+
+_kept = KeptJobs()
+_ROLLOUT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": RolloutRequest.model_json_schema()}},
+    }
+}
+
+
+@router.post(
+    "/v1/rollouts",
+    openapi_extra=_ROLLOUT_BODY,
+    responses={200: {"content": {kind: {} for kind in packing.FORMATS}, "description": "rollouts"}},
+)
+async def create_rollouts(request: Request) -> Response:
+    """n answers to each of many prompts, with everything that a trainer needs of each token.
+
+    `Accept` chooses the form: `application/json`, `application/vnd.safetensors`, or group by group
+    as they complete, `application/x-ndjson` or `application/vnd.safetensors-seq`. One prompt's
+    failure is that group's `error`. Without an `Idempotency-Key` header, closing the connection
+    stops the generation at once; with one it goes on, and the same request finds it again.
+    """
+    body = await request.body()
+    parsed = RolloutRequest.model_validate(orjson.loads(body))
+    _check_size(parsed)
+    form = _accepted(request.headers.get("accept", ""))
+    key = _idempotency_key(request)
+    job = _kept.find(key, body) if key else None
+    if job is None:
+        engine = Engine(request.app)
+        job = Job(plan(parsed), engine, engine.manager.served_model_name)
+        if key:
+            _kept.keep(key, body, job)
+    started = time.perf_counter()
+    if form in (packing.NDJSON, packing.FRAMES):
+        parts = _streamed(job, form, started, keep=key is not None)
+        return StreamingResponse(parts, media_type=form)
+    await _finished_or_gone(job, request, keep=key is not None)
+    content = packing.json_answer(job) if form == packing.JSON else packing.binary_answer(job)
+    metrics.count_rollouts(packing.FORMATS[form], len(content), time.perf_counter() - started)
+    return Response(content, media_type=form)
+
+
+async def _streamed(job: Job, form: str, started: float, *, keep: bool) -> AsyncIterator[bytes]:
+    one, last = (
+        (packing.json_line, packing.last_json_line)
+        if form == packing.NDJSON
+        else (packing.frame, packing.last_frame)
+    )
+    size = 0
+    try:
+        async for group in job.as_completed():
+            part = one(group)
+            size += len(part)
+            yield part
+        yield last(job)
+        metrics.count_rollouts(packing.FORMATS[form], size, time.perf_counter() - started)
+    finally:
+        if not keep:
+            job.cancel()
+
+
+async def _finished_or_gone(job: Job, request: Request, *, keep: bool) -> None:
+    """Return when the job is done, or the client gone; then it is cancelled unless kept."""
+    gone = asyncio.create_task(until_gone(request))
+    finished = asyncio.create_task(job.wait())
+    try:
+        await asyncio.wait((gone, finished), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        if not job.done and not keep:
+            job.cancel()
+            finished.cancel()
+    if finished.done():
+        finished.result()
+
+
+def _accepted(accept: str) -> str:
+    """The first of our forms that the client names; JSON for anything else."""
+    named = [part.partition(";")[0].strip() for part in accept.split(",")]
+    return next((kind for kind in named if kind in packing.FORMATS), packing.JSON)
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= 200:
+        raise AnnealingError("Idempotency-Key", "must have 1 to 200 characters")
+    if not getattr(request.app, "is_single_tokenizer_mode", False):
+        raise AnnealingError(
+            "Idempotency-Key", "a retry may reach another process (--tokenizer-worker-num)"
+        )
+    return key
+
+
+def _check_size(parsed: RolloutRequest) -> None:
+    limits = settings.current() or settings.Settings.model_validate({})
+    for name, n in (("n", parsed.n), *((f"prompts.{i}.n", p.n) for i, p in _own_n(parsed))):
+        if n > limits.max_n:
+            raise AnnealingError(name, f"must be an integer in [1, {limits.max_n}], got {n}")
+    answers = sum(prompt.n or parsed.n for prompt in parsed.prompts)
+    if answers > limits.max_answers:
+        raise AnnealingError(
+            "prompts", f"must ask for at most {limits.max_answers} answers in all, got {answers}"
+        )
+
+
+def _own_n(parsed: RolloutRequest) -> Any:
+    return ((i, p) for i, p in enumerate(parsed.prompts) if p.n is not None)
+
+
+# --- health ------------------------------------------------------------------------------------
+
+
+class Health(BaseModel):
+    """`status` says why a server is not ready."""
+
+    status: str
+
+
+@router.get("/health/live")
+async def read_alive() -> Health:
+    """200 as long as this process answers at all; restart it when it does not."""
+    return Health(status="alive")
+
+
+@router.get("/health/ready", responses={503: {"model": Health}})
+async def read_ready() -> Response:
+    """200 when requests are taken: the model is loaded, and the server is not shutting down."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    state = get_global_state()
+    if state is None or not state.tokenizer_manager.is_ready():
+        draining = state is not None and state.tokenizer_manager.gracefully_exit
+        status = "shutting down" if draining else "starting"
+        return JSONResponse({"status": status}, status_code=503)
+    return JSONResponse({"status": "ready"})
+
+
+# --- on SGLang's app ---------------------------------------------------------------------------
+
+
+def install_routes(app: FastAPI) -> None:
+    """Our routes on the app, and our fields in the description of SGLang's."""
+    app.include_router(router)
+    describe = app.openapi
+
+    def openapi() -> Json:
+        schema = describe()
+        for name in ("ChatCompletionRequest", "CompletionRequest"):
+            model = schema["components"]["schemas"].get(name)
+            if model is not None:
+                model["properties"].update(_FIELDS)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+_FIELDS: Json = json.loads(
+    """{
+    "annealing": {
+        "anyOf": [{"type": "object"}, {"type": "null"}],
+        "description": "A temperature schedule; see /v1/annealing/schema. null: none."
+    },
+    "rollout": {
+        "anyOf": [
+            {"type": "boolean"},
+            {"type": "object", "properties": {"entropies": {"type": "boolean"}}}
+        ],
+        "description": "Return the arrays of each token: true also without a schedule."
+    }}"""
+)

@@ -1,0 +1,55 @@
+"""The few pieces of ASGI that both middlewares need."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import orjson
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def route_of(scope: Any) -> str:
+    """The path below a proxy's prefix (--fastapi-root-path); empty for what has none."""
+    path: str = scope.get("path", "")
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+async def read_body(receive: Receive, limit: int | None = None) -> bytes | None:
+    """The request's body; None when the client is gone. Stops reading above `limit` bytes."""
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if not message.get("more_body", False) or (limit is not None and size > limit):
+            return b"".join(chunks)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body` once and then whatever the client does next."""
+    pending = [body]
+
+    async def replayed() -> Message:
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
+        return await receive()
+
+    return replayed
+
+
+async def send_json(
+    send: Send, status: int, content: Any, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    """A whole JSON answer. Lengths and types in `headers` are replaced."""
+    body = orjson.dumps(content)
+    replaced = (b"content-length", b"content-type")
+    kept = [(name, value) for name, value in headers if name.lower() not in replaced]
+    kept += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": kept})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,308 @@
+"""Who may call what, how large a request may be, and one log line for each: `ead serve`'s edge.
+
+An ASGI middleware, outside everything else. A server that SGLang's own launcher started has no
+settings, and this lets everything through.
+
+Keys: health is open. Everything else needs the API key where one is set. What changes the server
+(weights, schedule, step, pauses, aborts, profiles: what SGLang marks as admin, and our own) needs
+the admin key, and is closed where none is set; the admin key opens everything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ead_server import metrics, settings
+from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
+from ead_server.errors import openai_error
+from ead_server.settings import Settings
+
+OPEN = ("/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/ping")
+OUR_ADMIN_ROUTES = {("PUT", "/v1/annealing"), ("PUT", "/v1/annealing/step")}
+# They carry pickled data, which this server does not unpack, whoever sends it.
+PICKLED = (
+    "/update_weights_from_tensor",
+    "/update_weights_from_ipc",
+    "/load_lora_adapter_from_tensors",
+)
+LOADED_FROM = {"/update_weights_from_disk": "model_path", "/load_lora_adapter": "lora_path"}
+
+log = logging.getLogger("ead.requests")
+
+
+@dataclass
+class Call:
+    """One HTTP request, as it is told in the log and counted. Filled in on its way."""
+
+    method: str
+    path: str
+    settings: Settings
+    started: float = field(default_factory=time.perf_counter)
+    status: int = 0  # 0: the client left before an answer
+    bytes_out: int = 0
+    answers: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)  # by engine request
+    schedule: str | None = None
+    refused: str | None = None  # a reason for metrics.refused
+
+
+# The HTTP request that the code is working for; None in SGLang's own work and on health routes.
+current_call: ContextVar[Call | None] = ContextVar("ead_current_call", default=None)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer of ours in place of the server's."""
+
+    status: int
+    message: str
+    reason: str  # for metrics.refused
+    param: str | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class Guard:
+    """See the module's docstring."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self._admin_paths: frozenset[str] | None = None
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        current, path = settings.current(), route_of(scope)
+        if current is None or scope["type"] == "lifespan" or path in OPEN:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            if self._refused_key(current, "GET", path, scope) is None:
+                await self.app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._http(current, path, scope, receive, send)
+
+    async def _http(
+        self, current: Settings, path: str, scope: Any, receive: Receive, send: Send
+    ) -> None:
+        call = Call(scope["method"], path, current)
+
+        async def observed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+            call.bytes_out += len(message.get("body", b""))
+            await send(message)
+
+        token = current_call.set(call)
+        try:
+            refusal = self._refused_key(current, call.method, path, scope) or _draining(call)
+            body = b""
+            if refusal is None:
+                refusal, body_or_gone = await self._body(call, scope, receive)
+                if body_or_gone is None and refusal is None:
+                    return  # the client is gone
+                body = body_or_gone or b""
+            if refusal is None:
+                refusal = _refused_load(current, path, body)
+            if refusal is not None:
+                call.refused = refusal.reason
+                await _refuse(observed, refusal)
+            else:
+                await self.app(scope, replay(body, receive), observed)
+        finally:
+            current_call.reset(token)
+            _tell(call)
+
+    # --- keys ------------------------------------------------------------------------------
+
+    def _refused_key(self, current: Settings, method: str, path: str, scope: Any) -> Refusal | None:
+        if method == "OPTIONS":
+            return None
+        given = _bearer(scope["headers"])
+        if _is_warm_up(current, path, given):
+            return None
+        if _same(given, current.admin_api_key):
+            return None
+        challenge = ((b"www-authenticate", b"Bearer"),)
+        if self._is_admin(method, path, scope):
+            if current.admin_api_key is None:
+                message = (
+                    f"{path} changes the server, which was started without an admin key: "
+                    "start it with --admin-api-key-file or EAD_ADMIN_API_KEY"
+                )
+                return Refusal(403, message, "unauthorized")
+            message = f"{path} needs the admin key (authorization: Bearer ...)"
+            return Refusal(401, message, "unauthorized", headers=challenge)
+        if current.api_key is None or _same(given, current.api_key):
+            return None
+        message = "a valid API key is needed (authorization: Bearer ...)"
+        return Refusal(401, message, "unauthorized", headers=challenge)
+
+    def _is_admin(self, method: str, path: str, scope: Any) -> bool:
+        if self._admin_paths is None:
+            self._admin_paths = frozenset(_sglang_admin_paths(scope["app"].routes))
+        return path in self._admin_paths or (method, path) in OUR_ADMIN_ROUTES
+
+    # --- sizes -----------------------------------------------------------------------------
+
+    async def _body(
+        self, call: Call, scope: Any, receive: Receive
+    ) -> tuple[Refusal | None, bytes | None]:
+        """The request's body, or why it is refused; (None, None) when the client is gone."""
+        limit = call.settings.max_body_bytes
+        too_large = Refusal(
+            413,
+            f"the request body must have at most {limit:,} bytes (--max-body-bytes)",
+            "too_large",
+            headers=((b"connection", b"close"),),  # what else arrives of it is not read
+        )
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
+            return too_large, None
+        body = await read_body(receive, limit)
+        if body is not None and len(body) > limit:
+            return too_large, None
+        return None, body
+
+
+def _sglang_admin_paths(routes: Iterable[Any]) -> Iterable[str]:
+    """Paths that SGLang marks with any of its admin levels; none of them has parameters."""
+    from sglang.srt.utils.auth import AuthLevel
+
+    for route in routes:
+        level = getattr(getattr(route, "endpoint", None), "_auth_level", AuthLevel.NORMAL)
+        if level != AuthLevel.NORMAL:
+            yield route.path
+
+
+def _is_warm_up(current: Settings, path: str, given: str) -> bool:
+    """SGLang's own first requests, which it sends over HTTP to itself with a key that it prints:
+    good only until the server is ready, and for the one call that it makes right after."""
+    if not _same(given, current.warm_up_key):
+        return False
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    state = get_global_state()
+    starting = state and state.tokenizer_manager.server_status == ServerStatus.Starting
+    return bool(starting) or path == "/freeze_gc"
+
+
+def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    value = dict(headers).get(b"authorization", b"").decode("latin-1")
+    scheme, _, key = value.partition(" ")
+    return key if scheme.lower() == "bearer" else ""
+
+
+def _same(given: str, key: str | None) -> bool:
+    return key is not None and secrets.compare_digest(given.encode(), key.encode())
+
+
+# --- what else is refused -------------------------------------------------------------------------
+
+
+def _draining(call: Call) -> Refusal | None:
+    """Between SIGTERM and the end, new work is turned away so that the old can finish."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    state = get_global_state()
+    if call.method == "GET" or state is None or not state.tokenizer_manager.gracefully_exit:
+        return None
+    headers = ((b"retry-after", b"5"), (b"connection", b"close"))
+    return Refusal(503, "the server is shutting down", "draining", headers=headers)
+
+
+def _refused_load(current: Settings, path: str, body: bytes) -> Refusal | None:
+    if path in PICKLED:
+        message = (
+            f"{path} carries pickled data, which this server does not unpack: use "
+            "/update_weights_from_disk or /update_weights_from_distributed"
+        )
+        return Refusal(403, message, "weights")
+    name = LOADED_FROM.get(path)
+    if name is None:
+        return None
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None  # SGLang says so
+    value = request.get(name) if isinstance(request, dict) else None
+    if not isinstance(value, str):
+        return None
+    if current.weights_root is None:
+        message = f"{name}: this server loads no weights; start it with --weights-root FOLDER"
+        return Refusal(403, message, "weights", name)
+    folder, root = Path(os.path.realpath(value)), Path(os.path.realpath(current.weights_root))
+    if not folder.is_relative_to(root):
+        message = f"{name}: must be in the folder given as --weights-root, got {value!r:.200}"
+        return Refusal(403, message, "weights", name)
+    if request.get("load_format") not in (None, "auto", "safetensors"):
+        message = "load_format: must be 'auto' or 'safetensors'"
+        return Refusal(403, message, "weights", "load_format")
+    if not any(folder.glob("*.safetensors")):  # SGLang falls back to unpickling .bin files
+        message = f"{name}: must hold *.safetensors files, got {value!r:.200}"
+        return Refusal(400, message, "weights", name)
+    return None
+
+
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    kinds = {401: "authentication_error", 403: "permission_error", 503: "server_error"}
+    kind = kinds.get(refusal.status, "invalid_request_error")
+    error = openai_error(refusal.message, refusal.param, kind, refusal.status)
+    await send_json(send, refusal.status, error, refusal.headers)
+
+
+# --- the log ----------------------------------------------------------------------------------
+
+
+def _tell(call: Call) -> None:
+    """Count the request, and write its line."""
+    if call.refused is not None or call.status >= 400:
+        metrics.count_refused(call.refused or "other")
+    if call.settings.log_format == "off":
+        return
+    seconds, tokens = time.perf_counter() - call.started, sum(call.tokens.values())
+    if call.settings.log_format == "json":
+        facts = {
+            "time": time.time(),
+            "method": call.method,
+            "path": call.path,
+            "status": call.status or None,
+            "seconds": round(seconds, 4),
+            "bytes": call.bytes_out,
+            "answers": call.answers,
+            "tokens": tokens,
+            "schedule": call.schedule,
+            "refused": call.refused,
+        }
+        log.info(json.dumps(facts))
+        return
+    path = call.path.encode("unicode_escape").decode()[:200]  # one line, whatever was sent
+    line = f"{time.strftime('%H:%M:%S')} {call.method} {path} {call.status or 'client left'}"
+    line += f" {seconds:.2f} s"
+    if call.answers:
+        line += f", {call.answers} answer{'s' * (call.answers > 1)}, {tokens:,} tokens"
+    if call.schedule:
+        line += f", {call.schedule}"
+    if call.refused:
+        line += f", refused: {call.refused}"
+    log.info(line)
+
+
+def log_to_stderr() -> None:
+    """Lines as they are, whatever SGLang sets up for its own."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False

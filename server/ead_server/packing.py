@@ -1,0 +1,160 @@
+"""How rollouts are written: JSON, safetensors, and streams of either, group by group.
+
+Safetensors because any language reads it, it holds numbers only, and a reader can look at its
+arrays where they lie. The arrays of all answers are put end to end:
+
+    token_ids          uint16 or int32 [T]  all answers, group by group
+    offsets            int64 [A + 1]        answer i is offsets[i]:offsets[i + 1] of a column
+    logprobs, model_logprobs, entropies (on request)     float32 [T]
+    temperatures       float32 [U]          each run of values once: most schedules are the same
+    temperature_starts int64 [A]            for all answers; answer i's begin here
+    prompt_token_ids   int32 [P]
+    prompt_offsets     int64 [G + 1]
+    json               uint8                UTF-8 of everything that is no number, in the order of
+                                            groups and answers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, SAMPLING
+from ead_server.rollouts import Group, Job, about
+
+Json = dict[str, Any]
+
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+SAFETENSORS = "application/vnd.safetensors"
+FRAMES = "application/vnd.safetensors-seq"  # each preceded by its length, uint64 little-endian
+FORMATS = {JSON: "json", NDJSON: "ndjson", SAFETENSORS: "safetensors", FRAMES: "safetensors-seq"}
+
+_ARRAYS = ("token_ids", *COLUMNS, ENTROPIES)
+
+
+def json_group(group: Group) -> Json:
+    """A group with its columns as lists (orjson writes arrays as such)."""
+    head = {
+        "object": "rollouts.group",
+        "index": group.index,
+        "metadata": group.prompt.metadata,
+        "error": group.error,
+        "prompt_token_ids": group.prompt_token_ids,
+        **_markers(group),
+    }
+    answers = [
+        {"index": index, **{k: v for k, v in answer.items() if k not in (ANNEALING, SAMPLING)}}
+        for index, answer in enumerate(group.answers)
+    ]
+    return {**head, "answers": answers}
+
+
+def _markers(group: Group) -> Json:
+    """The schedule and the cuts that all answers of the group were sampled with."""
+    sampled = next((a for a in group.answers if a["error"] is None), {})
+    return {name: sampled.get(name) for name in (ANNEALING, SAMPLING)}
+
+
+def dumps(content: Any) -> bytes:
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def json_answer(job: Job) -> bytes:
+    groups = [json_group(group) for group in job.groups]
+    return dumps({**about(job), "object": "rollouts", "groups": groups, "usage": job.usage()})
+
+
+def json_line(group: Group) -> bytes:
+    return dumps(json_group(group)) + b"\n"
+
+
+def last_json_line(job: Job) -> bytes:
+    return dumps({**about(job), "object": "rollouts.end", "usage": job.usage()}) + b"\n"
+
+
+def binary_answer(job: Job) -> bytes:
+    return pack(job.groups, {**about(job), "object": "rollouts", "usage": job.usage()})
+
+
+def frame(group: Group) -> bytes:
+    packed = pack([group], {"object": "rollouts.group"})
+    return len(packed).to_bytes(8, "little") + packed
+
+
+def last_frame(job: Job) -> bytes:
+    packed = pack([], {**about(job), "object": "rollouts.end", "usage": job.usage()})
+    return len(packed).to_bytes(8, "little") + packed
+
+
+def pack(groups: Sequence[Group], head: Json) -> bytes:
+    """Groups as one safetensors file, see the module's docstring."""
+    answers = [answer for group in groups for answer in group.answers]
+    lengths = [0 if a["error"] is not None else len(a["token_ids"]) for a in answers]
+    sampled = [answer for answer in answers if answer["error"] is None]
+    token_ids = _concat([answer["token_ids"] for answer in sampled], np.int32)
+    if not len(token_ids) or token_ids.max() < 1 << 16:
+        token_ids = token_ids.astype(np.uint16)
+    temperatures, starts = _shared_runs(
+        [a["temperatures"] if a["error"] is None else np.empty(0, np.float32) for a in answers]
+    )
+    arrays = {
+        "token_ids": token_ids,
+        "offsets": _offsets(lengths),
+        "temperatures": temperatures,
+        "temperature_starts": starts,
+        "prompt_token_ids": _concat([group.prompt_token_ids for group in groups], np.int32),
+        "prompt_offsets": _offsets([len(group.prompt_token_ids) for group in groups]),
+    }
+    columns = [name for name in (*COLUMNS[1:], ENTROPIES) if all(name in a for a in sampled)]
+    for name in columns if sampled else COLUMNS[1:]:
+        arrays[name] = _concat([answer[name] for answer in sampled], np.float32)
+    about_groups = [
+        {
+            **{k: v for k, v in json_group(group).items() if k != "prompt_token_ids"},
+            "answers": [
+                {k: v for k, v in answer.items() if k not in (*_ARRAYS, ANNEALING, SAMPLING)}
+                for answer in group.answers
+            ],
+        }
+        for group in groups
+    ]
+    text = orjson.dumps({**head, "groups": about_groups})
+    arrays["json"] = np.frombuffer(text, np.uint8)
+    return save(arrays)
+
+
+def _concat(parts: list[NDArray[Any]], kind: Any) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, kind)
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _shared_runs(
+    columns: Sequence[NDArray[np.float32]],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The columns end to end, without those that another one begins with, and where each begins.
+
+    Compared bit by bit, never derived: what is written is what was recorded.
+    """
+    starts = np.zeros(len(columns), np.int64)
+    runs: list[tuple[int, NDArray[np.float32]]] = []
+    total = 0
+    for index in sorted(range(len(columns)), key=lambda i: -len(columns[i])):
+        column = columns[index]
+        for start, run in reversed(runs[-4:]):
+            if np.array_equal(run[: len(column)].view(np.uint32), column.view(np.uint32)):
+                starts[index] = start
+                break
+        else:
+            starts[index] = total
+            runs.append((total, column))
+            total += len(column)
+    return _concat([run for _, run in runs], np.float32), starts

@@ -1,0 +1,322 @@
+"""`POST /v1/rollouts`: many prompts times n under one schedule, group by group.
+
+The request is checked here, each prompt becomes a Group of n engine requests, and a Job runs all
+groups at once. How an answer is written (JSON, safetensors, streams of either) is `packing`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import HTTPException, Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ead_sampler.defaults import default_annealing, shared_defaults
+from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, SAMPLING, check_sampling
+from ead_sampler.schedule import AnnealingError, parse_annealing
+from ead_server.errors import openai_error
+
+Json = dict[str, Any]
+
+# SGLang's own defaults, which a model's generation_config would otherwise change silently
+UNTRUNCATED = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+
+
+# --- the request -----------------------------------------------------------------------------
+
+
+def _as_prompt(raw: Any) -> Any:
+    """A text, token ids or messages, alone, as the object that says which it is."""
+    if isinstance(raw, str):
+        return {"text": raw}
+    if isinstance(raw, list):
+        whole = bool(raw) and all(type(item) is int for item in raw)
+        return {"token_ids": raw} if whole else {"messages": raw}
+    return raw
+
+
+class Prompt(BaseModel):
+    """One prompt: exactly one of text, messages and token_ids."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = None
+    messages: list[Json] | None = Field(None, description="chat messages; the template is applied")
+    token_ids: list[int] | None = None
+    prefix_token_ids: list[int] = Field(
+        [],
+        description="tokens of an answer to continue; the schedule goes on after them, unless "
+        "`annealing.position_offset` says otherwise",
+    )
+    n: int | None = Field(None, ge=1, description="answers to this prompt, if not the request's n")
+    metadata: Any = Field(None, description="comes back with the group, as it is")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Prompt:
+        forms = (self.text, self.messages, self.token_ids)
+        if sum(form is not None for form in forms) != 1:
+            raise ValueError("must have exactly one of text, messages and token_ids")
+        return self
+
+
+class RolloutRequest(BaseModel):
+    """Many prompts, n answers to each, one schedule."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: list[Annotated[Prompt, BeforeValidator(_as_prompt)]] = Field(
+        min_length=1, description="each a text, token ids, chat messages, or a Prompt object"
+    )
+    n: int = Field(1, ge=1, description="answers to each prompt")
+    model: str | None = Field(None, description="not needed; as in OpenAI's requests")
+    annealing: Json | None = Field(
+        None, description="the schedule; absent: the server's default; null: none"
+    )
+    sampling_params: Json = Field(
+        {},
+        description="SGLang's sampling parameters (max_new_tokens, stop, top_p, ...). Nothing is "
+        "truncated unless told here, whatever the model's own defaults are. sampling_seed: of the "
+        "first answer of each group; the others count up from it",
+    )
+    entropies: bool = Field(False, description="also the next-token entropies, in nats")
+
+
+def plan(request: RolloutRequest) -> list[Group]:
+    """The groups to run, with their checked sampling parameters. Raises AnnealingError."""
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    params = dict(request.sampling_params)
+    for name in params:
+        if name == "n":
+            raise AnnealingError("sampling_params.n", "is the request's own field `n`")
+        if name not in SamplingParams.__struct_fields__:
+            raise AnnealingError(f"sampling_params.{name}", "unknown key")
+    said = "annealing" in request.model_fields_set
+    raw = request.annealing if said or "temperature" in params else default_annealing()
+    if raw is not None:
+        check_sampling(params)
+        if raw.get("step") is None:  # one step for all answers, also if it is set meanwhile
+            raw = {**raw, "step": shared_defaults().step}
+        raw = parse_annealing(raw).model_dump()
+    rollout = {ENTROPIES: True} if request.entropies else True
+    params = {**UNTRUNCATED, **params}
+    groups = []
+    for index, prompt in enumerate(request.prompts):
+        own = raw
+        if raw is not None and "position_offset" not in (request.annealing or {}):
+            own = {**raw, "position_offset": len(prompt.prefix_token_ids)}
+        fields = {**params, ANNEALING: own, ROLLOUT: rollout}
+        groups.append(Group(index, prompt, prompt.n or request.n, fields))
+    return groups
+
+
+# --- running it --------------------------------------------------------------------------------
+
+
+class Group:
+    """One prompt and its answers, as they are generated and as they are kept."""
+
+    def __init__(self, index: int, prompt: Prompt, n: int, params: Json) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.n = n
+        self.params = params
+        self.prompt_token_ids = np.empty(0, np.int32)  # prefix included
+        self.answers: list[Json] = []  # "error", or the columns as arrays and what is said of them
+        self.error: Json | None = None  # of the whole group
+
+    async def run(self, engine: Engine) -> Group:
+        """Generate all answers. What goes wrong is told in `error` here or in an answer."""
+        try:
+            token_ids = await engine.token_ids(self.prompt) + self.prompt.prefix_token_ids
+            self.prompt_token_ids = np.asarray(token_ids, np.int32)
+            if self.n > 1:  # as SGLang does: the prompt is computed once, then found in the cache
+                await engine.generate(token_ids, {"max_new_tokens": 0})
+        except Exception as error:
+            self.error = _typed(error)
+            return self
+        # all are waited for, also when one fails; a cancelled job cancels them
+        self.answers = await asyncio.gather(
+            *(self._answer(engine, token_ids, index) for index in range(self.n))
+        )
+        return self
+
+    async def _answer(self, engine: Engine, token_ids: list[int], index: int) -> Json:
+        params = self.params
+        if params.get("sampling_seed") is not None:
+            params = {**params, "sampling_seed": params["sampling_seed"] + index}
+        try:
+            return _columnar(await engine.generate(token_ids, params), params)
+        except Exception as error:
+            return {"error": _typed(error)}
+
+
+def _columnar(item: Json, params: Json) -> Json:
+    """An engine's answer as arrays of the same length and what is said of them."""
+    meta = item["meta_info"]
+    count = meta["completion_tokens"]
+    answer: Json = {"text": item.get("text"), "error": None}
+    answer["token_ids"] = np.asarray(item["output_ids"], np.int32)
+    names = (*COLUMNS, ENTROPIES) if isinstance(params[ROLLOUT], dict) else COLUMNS
+    for name in names:
+        answer[name] = np.asarray(meta.get(name) or (), np.float32)
+    if any(len(answer[name]) != count for name in ("token_ids", *names)):
+        raise RuntimeError("the sampler did not record this answer")
+    reason = meta.get("finish_reason")
+    answer["finish_reason"] = reason.get("type") if isinstance(reason, dict) else reason
+    answer["weight_version"] = meta.get("weight_version")
+    answer["weight_versions"] = meta.get("weight_versions")
+    answer["cached_tokens"] = meta.get("cached_tokens") or 0
+    answer[ANNEALING], answer[SAMPLING] = meta.get(ANNEALING), meta.get(SAMPLING)
+    return answer
+
+
+def _typed(error: Exception) -> Json:
+    """An exception as OpenAI's error object, never with a stack trace."""
+    if isinstance(error, ValueError):
+        field = getattr(error, "field", None)
+        return dict(openai_error(str(error), field, code=400)["error"])
+    if isinstance(error, HTTPException):
+        message = str(error.detail)
+        return dict(openai_error(message, None, "server_error", error.status_code)["error"])
+    message = f"{type(error).__name__} in the server"
+    return dict(openai_error(message, None, "server_error", 500)["error"])
+
+
+class Engine:
+    """SGLang in this process, as `/v1/rollouts` uses it."""
+
+    def __init__(self, app: Any) -> None:
+        from sglang.srt.entrypoints.http_server import get_global_state
+
+        self.app = app
+        self.manager = get_global_state().tokenizer_manager
+
+    async def token_ids(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens, as SGLang's own routes would make them. Raises ValueError."""
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        from sglang.srt.entrypoints.openai.protocol import TokenizeRequest, TokenizeResponse
+
+        if self.manager.tokenizer is None:
+            raise AnnealingError("prompts", "needs a tokenizer, which this server has not")
+        # model_validate: a message that is none is a ValueError too
+        request = TokenizeRequest.model_validate(
+            {"prompt": prompt.text, "messages": prompt.messages}
+        )
+        serving = self.app.state.openai_serving_tokenize
+        answer = await serving.handle_request(request, None)
+        if not isinstance(answer, TokenizeResponse):
+            message = getattr(answer, "body", b"").decode(errors="replace")[:500]
+            raise AnnealingError("prompts", f"cannot be tokenised: {message}")
+        return list(answer.tokens)
+
+    async def generate(self, token_ids: list[int], params: Json) -> Json:
+        """One answer; cancelling this ends the generation in the engine."""
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        item = GenerateReqInput(input_ids=list(token_ids), sampling_params=dict(params))
+        items = self.manager.generate_request(item)
+        try:
+            answer: Json = await anext(items)
+        finally:
+            await items.aclose()
+        return answer
+
+
+class Job:
+    """All groups of one request, running from the moment that it is made."""
+
+    def __init__(self, groups: list[Group], engine: Engine, model: str) -> None:
+        self.id = f"rollouts-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model
+        self.groups = groups
+        self.tasks = [asyncio.create_task(group.run(engine)) for group in groups]
+
+    async def as_completed(self) -> AsyncIterator[Group]:
+        """Groups in the order in which they complete; any number of times."""
+        for task in asyncio.as_completed(self.tasks):
+            yield await task
+
+    async def wait(self) -> None:
+        await asyncio.gather(*self.tasks)
+
+    @property
+    def done(self) -> bool:
+        return all(task.done() for task in self.tasks)
+
+    def cancel(self) -> None:
+        """Stop what is still running; the engine is free at once."""
+        for task in self.tasks:
+            task.cancel()
+
+    def usage(self) -> Json:
+        answers = [a for group in self.groups for a in group.answers if a["error"] is None]
+        prompt = sum(len(group.prompt_token_ids) for group in self.groups)
+        completion = sum(len(answer["token_ids"]) for answer in answers)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+
+# --- jobs that are asked for again -------------------------------------------------------------
+
+
+class KeyReused(ValueError):
+    """The idempotency key came with another request before."""
+
+
+class KeptJobs:
+    """Jobs by idempotency key, so that a call that is made again finds the work of the first.
+
+    A job with a key goes on when its client is gone, since it will be asked for again; its groups
+    are kept for `keep_s` seconds after the last one asked.
+    """
+
+    def __init__(self, keep_s: float = 600.0, max_jobs: int = 64) -> None:
+        self.keep_s = keep_s
+        self.max_jobs = max_jobs
+        self._jobs: dict[str, tuple[bytes, Job, float]] = {}  # by key, oldest first
+
+    def find(self, key: str, body: bytes) -> Job | None:
+        """The job that this request began before. Raises KeyReused."""
+        self._forget()
+        if key not in self._jobs:
+            return None
+        fingerprint, job, _ = self._jobs.pop(key)
+        self._jobs[key] = (fingerprint, job, time.monotonic())
+        if fingerprint != hashlib.sha256(body).digest():
+            raise KeyReused("Idempotency-Key: was used before, with another request")
+        return job
+
+    def keep(self, key: str, body: bytes, job: Job) -> None:
+        self._jobs[key] = (hashlib.sha256(body).digest(), job, time.monotonic())
+        self._forget()
+        asyncio.get_running_loop().call_later(self.keep_s + 1, self._forget)
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        for key, (_, job, asked_at) in list(self._jobs.items()):
+            if len(self._jobs) > self.max_jobs or now - asked_at > self.keep_s:
+                job.cancel()
+                del self._jobs[key]
+
+
+async def until_gone(request: Request) -> None:
+    """Return when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def about(job: Job) -> Mapping[str, Any]:
+    """What is said of a whole job."""
+    return {"id": job.id, "created": job.created, "model": job.model}
