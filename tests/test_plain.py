@@ -37,8 +37,8 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 ]
 # what differs between any two answers: ids, times, and how warm the prefix cache was
 VARYING = (
-    '"(id|created|e2e_latency|response_sent_to_client_ts|cached_tokens|decode_throughput'
-    '|device|request_received_ts|[a-z_]*_ts)": ?("[^"]*"|[0-9.]+)'
+    '"(id|created|cached_tokens|decode_throughput|device|[a-z_]*_(ts|time|latency|wait))"'
+    ': ?("[^"]*"|[0-9.e+-]+)'
 )
 
 

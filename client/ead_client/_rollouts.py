@@ -1,4 +1,7 @@
-"""Answers of /v1/rollouts, read from safetensors where the arrays lie: nothing is copied."""
+"""Answers of /v1/rollouts, read from safetensors where the arrays lie.
+
+Only token ids are copied: they travel as uint16 where they fit, which torch cannot compute with.
+"""
 
 from __future__ import annotations
 

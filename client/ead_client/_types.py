@@ -29,14 +29,11 @@ def _floats(values: Any) -> Any:
 
 
 def _ints(values: Any) -> Any:
-    """Integer arrays as they are, without copying; lists as int64."""
-    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
-        return values
     return np.asarray(values, dtype=np.int64)
 
 
 Floats = Annotated[NDArray[np.float32], BeforeValidator(_floats)]
-Ints = Annotated[NDArray[np.integer[Any]], BeforeValidator(_ints)]
+Ints = Annotated[NDArray[np.int64], BeforeValidator(_ints)]
 
 
 class Answered(BaseModel):

@@ -48,11 +48,8 @@ def generate_request(
     try:
         check_limits(obj, call.settings, manager.model_config.vocab_size)
         return _told(original(manager, obj, request), call)
-    except LimitExceeded:
-        call.refused = "limit"
-        raise
-    except AnnealingError:
-        call.refused = "schedule"
+    except (LimitExceeded, AnnealingError) as error:
+        call.refused = "limit" if isinstance(error, LimitExceeded) else "schedule"
         raise
 
 

@@ -62,6 +62,12 @@ class Call:
 current_call: ContextVar[Call | None] = ContextVar("ead_current_call", default=None)
 
 
+def tell_refused(reason: str) -> None:
+    """Why the request that is being worked on is refused, for the log and the metrics."""
+    if (call := current_call.get()) is not None:
+        call.refused = reason
+
+
 @dataclass(frozen=True)
 class Refusal:
     """An answer of ours in place of the server's."""
@@ -267,8 +273,10 @@ async def _refuse(send: Send, refusal: Refusal) -> None:
 
 def _tell(call: Call) -> None:
     """Count the request, and write its line."""
-    if call.refused is not None or call.status >= 400:
-        metrics.count_refused(call.refused or "other")
+    if call.refused is None and call.status >= 400:
+        call.refused = "invalid" if call.status < 500 else "error"
+    if call.refused is not None:
+        metrics.count_refused(call.refused)
     if call.settings.log_format == "off":
         return
     seconds, tokens = time.perf_counter() - call.started, sum(call.tokens.values())

@@ -24,6 +24,7 @@ from ead_sampler.requests import (
 from ead_sampler.schedule import AnnealingError
 from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
 from ead_server.errors import as_openai_error, openai_error
+from ead_server.guard import tell_refused
 from ead_server.recorder import Recorder
 
 Json = dict[str, Any]
@@ -80,6 +81,7 @@ class AnnealingMiddleware:
         try:
             rewritten = _rewrite(path, request)
         except AnnealingError as error:
+            tell_refused("schedule")
             await _send_error(send, str(error), error.field)
             return
         if rewritten is request:  # the words appeared somewhere else, in a prompt perhaps

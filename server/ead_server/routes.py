@@ -20,7 +20,7 @@ from ead_sampler.kinds import PRESETS
 from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
 from ead_server import metrics, packing, preview, settings
 from ead_server.errors import openai_error
-from ead_server.guard import current_call
+from ead_server.guard import tell_refused
 from ead_server.rollouts import Engine, Job, KeptJobs, KeyReused, RolloutRequest, plan, until_gone
 
 Json = dict[str, Any]
@@ -42,8 +42,7 @@ class _OpenAIErrorsRoute(APIRoute):
             except orjson.JSONDecodeError as error:
                 return _refused((f"the request body is not valid JSON: {error}", None))
             except AnnealingError as error:
-                if (call := current_call.get()) is not None:
-                    call.refused = "schedule"
+                tell_refused("schedule" if error.field.startswith("annealing") else "invalid")
                 return _refused((str(error), error.field))
             except KeyReused as error:
                 return _refused((str(error), "Idempotency-Key"), 422)

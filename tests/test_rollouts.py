@@ -1,0 +1,463 @@
+"""/v1/rollouts on a real server: every form of it, and what a trainer leans on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from conftest import Reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_server import FAST, check_against_reference, expected_temperatures, post
+
+from ead_client import (
+    AsyncClient,
+    Client,
+    ConnectionFailed,
+    Group,
+    MalformedAnswer,
+    RequestRefused,
+    Rollout,
+    ScheduleIgnored,
+)
+from ead_client._rollouts import FRAMES, WHOLE, Frames, unpack
+from ead_server import packing, rollouts
+from ead_server.process import ServerProcess
+
+MESSAGES = [{"role": "user", "content": "class Sampler"}]
+LONG = {"max_new_tokens": 2000, "ignore_eos": True}
+
+
+def rollouts_of(group: Group) -> list[Rollout]:
+    assert group.error is None
+    found = [answer.rollout for answer in group.answers if answer.rollout is not None]
+    assert len(found) == len(group.answers)
+    return found
+
+
+# --- what comes back ---------------------------------------------------------------------------
+
+
+def test_every_form_of_prompt_gives_n_exact_answers(client: Client, reference: Reference) -> None:
+    ids = reference.tokenizer("def temperatures")["input_ids"]
+    prompts = [
+        "def temperatures",
+        ids,
+        MESSAGES,
+        {"token_ids": ids, "n": 3, "metadata": {"answer": "42", "nested": [1, None]}},
+    ]
+    answer = client.rollouts(
+        prompts, n=2, annealing=FAST, entropies=True, max_new_tokens=20, ignore_eos=True
+    )
+    assert [group.index for group in answer.groups] == [0, 1, 2, 3]
+    assert [len(group.answers) for group in answer.groups] == [2, 2, 2, 3]
+    assert [group.metadata for group in answer.groups][2:] == [None, prompts[3]["metadata"]]
+    template = reference.tokenizer.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=False
+    )
+    assert answer.groups[2].prompt_token_ids.tolist() == template
+    assert answer.groups[0].prompt_token_ids.tolist() == ids
+    for group in answer.groups:
+        for rollout in rollouts_of(group):
+            assert len(rollout) == 20
+            want = expected_temperatures(FAST, 20)
+            assert np.abs(rollout.temperatures - want).max() < 1e-6
+            check_against_reference(rollout, reference)
+            assert rollout.sampling == {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
+            assert rollout.finish_reason == "length"
+    assert answer.usage["completion_tokens"] == 9 * 20
+    assert answer.errors == []
+    texts = [a.text for group in answer.groups for a in group.answers]
+    assert len(set(texts)) == len(texts)  # independent samples
+
+
+def test_all_forms_of_an_answer_say_the_same(server: ServerProcess) -> None:
+    """The same kept job, written four ways."""
+    body = {"prompts": ["def ", [5, 6, 7], [99_999]], "n": 3, "annealing": FAST}
+    body["sampling_params"] = {"max_new_tokens": 12}
+    headers = {"idempotency-key": "four-ways", **server.admin_headers}
+
+    def get(accept: str) -> httpx.Response:
+        answer = httpx.post(
+            f"{server.url}/v1/rollouts",
+            json=body,
+            headers={**headers, "accept": accept},
+            timeout=60,
+        )
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith(accept)
+        return answer
+
+    whole = get("application/json").json()
+    lines = [json.loads(line) for line in get("application/x-ndjson").text.splitlines()]
+    about, groups = unpack(get(WHOLE).content)
+    frames = [unpack(frame) for frame in Frames().feed(get(FRAMES).content)]
+
+    assert lines[-1]["object"] == "rollouts.end"
+    assert lines[-1]["id"] == whole["id"] == about["id"] == frames[-1][0]["id"]
+    assert sorted(lines[:-1], key=lambda line: line["index"]) == whole["groups"]
+    assert whole["usage"] == lines[-1]["usage"] == about["usage"]
+    framed = sorted((g for _, some in frames for g in some), key=lambda g: g.index)
+    for told, *others in zip(whole["groups"], groups, framed, strict=True):
+        for other in others:
+            assert other.prompt_token_ids.tolist() == told["prompt_token_ids"]
+            assert other.error == told["error"]
+            for want, got in zip(told["answers"], other.answers, strict=True):
+                assert got.rollout is not None
+                assert got.text == want["text"]
+                assert got.rollout.annealing == told["annealing"]
+                for name in ("token_ids", "temperatures", "logprobs", "model_logprobs"):
+                    column = getattr(got.rollout, name)
+                    assert np.array_equal(column, np.asarray(want[name], column.dtype))
+
+
+def test_one_prompts_failure_is_its_own(client: Client) -> None:
+    answer = client.rollouts(["x", [5] * 5000, [-1]], n=2, annealing={}, max_new_tokens=3)
+    assert len(rollouts_of(answer.groups[0])) == 2
+    too_long, negative = answer.groups[1:]
+    assert too_long.error is not None
+    assert negative.error is not None
+    assert "longer than the model's context length" in too_long.error["message"]
+    assert negative.error["param"] == "input_ids"
+    assert too_long.error["type"] == "invalid_request_error"
+    assert len(answer.errors) == 2
+
+
+def test_an_answer_is_continued_from_a_token(client: Client, reference: Reference) -> None:
+    """The clock goes on where the prefix ends, unless the request says otherwise."""
+    (first,) = rollouts_of(
+        client.rollouts(["def "], annealing=FAST, max_new_tokens=12, ignore_eos=True).groups[0]
+    )
+    prefix = first.token_ids[:7].tolist()
+    prompt = {"text": "def ", "prefix_token_ids": prefix}
+    for schedule, offset in ((FAST, 7), ({**FAST, "position_offset": 2}, 2)):
+        group = client.rollouts(
+            [prompt, "def "], n=2, annealing=schedule, max_new_tokens=5, ignore_eos=True
+        ).groups[0]
+        assert group.prompt_token_ids.tolist() == [*first.prompt_token_ids.tolist(), *prefix]
+        for rollout in rollouts_of(group):
+            assert rollout.annealing is not None
+            assert rollout.annealing["position_offset"] == offset
+            want = expected_temperatures({**FAST, "position_offset": offset}, 5)
+            assert np.abs(rollout.temperatures - want).max() < 1e-6
+            check_against_reference(rollout, reference)
+
+
+def test_without_a_schedule_the_request_s_own_temperature_holds(client: Client) -> None:
+    group = client.rollouts(["x"], n=2, temperature=0.5, top_k=4, max_new_tokens=6).groups[0]
+    for rollout in rollouts_of(group):
+        assert set(rollout.temperatures.tolist()) == {0.5}
+        assert rollout.annealing is None
+        assert rollout.sampling is not None
+        assert rollout.sampling["top_k"] == 4
+
+
+def test_groups_arrive_as_they_complete(client: Client) -> None:
+    """A short prompt's group is there while a long one is still generated."""
+    prompts = [{"text": "a", "n": 1}, {"text": "b", "n": 1}]
+    # the first can stop only at its limit; the second stops at its first token
+    stream = client.stream_rollouts(
+        [{**prompts[0], "metadata": "long"}, {"token_ids": [5] * 5000, "metadata": "fails"}],
+        annealing={},
+        **LONG,
+    )
+    assert next(stream).metadata == "fails"
+    stream.close()
+    wait_until_idle(client)
+
+    async def both() -> list[Any]:
+        async with AsyncClient(client.base_url) as other:
+            call = other.stream_rollouts(prompts, annealing=FAST, max_new_tokens=4)
+            return [group.index async for group in call]
+
+    assert sorted(asyncio.run(both())) == [0, 1]
+
+
+# --- cancelling and retrying -------------------------------------------------------------------
+
+
+def running(client: Client) -> int:
+    loads = client.request("GET", "/v1/loads").json()["loads"]
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def wait_until(client: Client, wanted: Any, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not wanted(running(client)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def wait_until_idle(client: Client) -> None:
+    """Far sooner than 2,000 tokens take (8 answers: more than 20 s here)."""
+    wait_until(client, lambda count: count == 0, timeout_s=8.0)
+
+
+@pytest.mark.parametrize("accept", ["application/json", WHOLE, FRAMES, "application/x-ndjson"])
+def test_a_client_that_leaves_frees_the_engine(
+    server: ServerProcess, client: Client, accept: str
+) -> None:
+    body = {"prompts": ["def ", "class "], "n": 4, "annealing": {}, "sampling_params": LONG}
+    with httpx.Client(base_url=server.url, headers={"accept": accept}) as leaving:
+        pool = ThreadPoolExecutor(1)
+        call = pool.submit(leaving.post, "/v1/rollouts", json=body, timeout=2.0)
+        wait_until(client, lambda count: count == 8)
+        assert isinstance(call.exception(), httpx.ReadTimeout)  # and the connection closes
+    wait_until_idle(client)
+
+
+def test_a_call_made_again_finds_the_work_of_the_first(
+    server: ServerProcess, client: Client
+) -> None:
+    """The first one's connection is lost while it runs; nothing is generated twice."""
+    body = {"prompts": ["def "], "n": 2, "annealing": {}}
+    body["sampling_params"] = {"max_new_tokens": 300, "ignore_eos": True}
+    headers = {"idempotency-key": "again"}
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url) as leaving:
+        leaving.post("/v1/rollouts", json=body, headers=headers, timeout=0.7)
+    answers = [
+        httpx.post(f"{server.url}/v1/rollouts", json=body, headers=headers, timeout=60).json()
+        for _ in range(2)
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0]["usage"]["completion_tokens"] == 600
+    log = server.log.read_text(errors="replace")
+    assert log.count("300 tokens") == 0  # one line per call tells all its answers
+    wait_until_idle(client)
+
+    other = {**body, "n": 3}
+    refused = httpx.post(f"{server.url}/v1/rollouts", json=other, headers=headers, timeout=60)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_the_client_retries_with_a_key_and_not_without() -> None:
+    calls: list[httpx.Request] = []
+
+    def lose_two(request: httpx.Request) -> httpx.Response:
+        calls.append(request)
+        if len(calls) < 3:
+            raise httpx.ReadError("lost")
+        head = {"id": "r", "model": "m", "usage": {}}
+        return httpx.Response(200, content=packing.pack([], head))
+
+    client = Client("http://x", transport=httpx.MockTransport(lose_two))
+    client._wait_before = lambda attempt: 0.0  # type: ignore[method-assign]
+    with pytest.raises(ConnectionFailed):
+        client.rollouts(["x"])
+    calls.clear()
+    assert client.rollouts(["x"], idempotency_key="k").groups == []
+    assert {call.headers["idempotency-key"] for call in calls} == {"k"}
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({}, "prompts", "Field required"),
+        ({"prompts": []}, "prompts", "at least 1 item"),
+        ({"prompts": ["x"], "n": 0}, "n", "greater than or equal to 1, got 0"),
+        ({"prompts": ["x"], "n": 129}, "n", "must be an integer in [1, 128], got 129"),
+        ({"prompts": [{"text": "x", "n": 999}]}, "prompts.0.n", "in [1, 128], got 999"),
+        ({"prompts": ["x"] * 64, "n": 128}, "prompts", "at most 4096 answers in all, got 8192"),
+        ({"prompts": [{}]}, "prompts.0", "exactly one of text, messages and token_ids"),
+        ({"prompts": [{"text": "x", "extra": 1}]}, "prompts.0.extra", "not permitted"),
+        ({"prompts": ["x"], "annealing": {"tau_max": 1e9}}, "annealing.tau_max", "[0.01, 10.0]"),
+        ({"prompts": ["x"], "sampling_params": {"n": 2}}, "sampling_params.n", "own field `n`"),
+        ({"prompts": ["x"], "sampling_params": {"q": 2}}, "sampling_params.q", "unknown key"),
+        (
+            {"prompts": ["x"], "annealing": {}, "sampling_params": {"temperature": 0.5}},
+            "temperature",
+            "must be absent or 1",
+        ),
+        ([], "body", "valid dictionary"),
+    ],
+)
+def test_a_bad_request_names_field_and_range(
+    server: ServerProcess, body: Any, param: str, says: str
+) -> None:
+    answer = httpx.post(f"{server.url}/v1/rollouts", json=body, timeout=60)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+def test_the_client_raises_what_the_server_refuses_and_what_it_ignores(client: Client) -> None:
+    with pytest.raises(RequestRefused, match="tau_max"):
+        client.rollouts(["x"], annealing={"tau_max": 99})
+    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group.answers = [answer_of([1, 2], 0.5)]  # a server that knows nothing of schedules
+    head = {"id": "r", "model": "m", "usage": {}}
+    transport = httpx.MockTransport(
+        lambda _: httpx.Response(200, content=packing.pack([group], head))
+    )
+    with pytest.raises(ScheduleIgnored):
+        Client("http://x", transport=transport).rollouts(["x"], annealing={})
+
+
+# --- the binary form ---------------------------------------------------------------------------
+
+
+def answer_of(token_ids: list[int], tau: float) -> dict[str, Any]:
+    numbers = np.linspace(-1, 0, len(token_ids), dtype=np.float32)
+    columns = dict.fromkeys(("logprobs", "model_logprobs"), numbers)
+    return {
+        "text": "t",
+        "error": None,
+        "token_ids": np.asarray(token_ids, np.int32),
+        "temperatures": np.full(len(token_ids), tau, np.float32),
+        "finish_reason": "stop",
+        "weight_version": "1",
+        "weight_versions": None,
+        "cached_tokens": 0,
+        "annealing": None,
+        "sampling": None,
+        **columns,
+    }
+
+
+ANSWERS = st.lists(
+    st.one_of(
+        st.just({"error": {"message": "m", "type": "server_error", "param": None, "code": 500}}),
+        st.builds(
+            answer_of,
+            st.lists(st.integers(0, 200_000), max_size=5),
+            st.sampled_from([0.1, 0.5, 1.0]),
+        ),
+    ),
+    max_size=6,
+)
+
+
+@given(groups=st.lists(st.tuples(st.lists(st.integers(0, 2**31 - 1), max_size=4), ANSWERS)))
+@settings(max_examples=200)
+def test_what_is_packed_is_unpacked(groups: list[tuple[list[int], list[dict[str, Any]]]]) -> None:
+    """Bit by bit, with failed answers, empty ones and shared runs of temperatures."""
+    made = []
+    for index, (prompt, answers) in enumerate(groups):
+        group = rollouts.Group(index, rollouts.Prompt(text="x", metadata=[index]), 1, {})
+        group.prompt_token_ids = np.asarray(prompt, np.int32)
+        group.answers = answers
+        made.append(group)
+    about, found = unpack(packing.pack(made, {"id": "r"}))
+    assert about == {"id": "r"}
+    for group, got in zip(made, found, strict=True):
+        assert got.metadata == [group.index]
+        assert np.array_equal(got.prompt_token_ids, group.prompt_token_ids)
+        for want, answer in zip(group.answers, got.answers, strict=True):
+            assert answer.error == want["error"]
+            if want["error"] is None:
+                assert answer.rollout is not None
+                for name in ("token_ids", "temperatures", "logprobs", "model_logprobs"):
+                    assert np.array_equal(getattr(answer.rollout, name), want[name])
+
+
+def test_the_arrays_of_an_answer_are_views_of_its_bytes() -> None:
+    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group.answers = [answer_of([100_000, 5], 0.5)]
+    _, (got,) = unpack(packing.pack([group], {}))
+    rollout = got.answers[0].rollout
+    assert rollout is not None
+    for name in ("temperatures", "logprobs", "model_logprobs"):
+        assert not getattr(rollout, name).flags.owndata
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_damaged_bytes_are_a_typed_error(data: st.DataObject) -> None:
+    """Cut short or with a byte changed: MalformedAnswer, or numbers that differ; nothing else."""
+    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group.answers = [answer_of([1, 2, 3], 0.5)]
+    whole = bytearray(packing.pack([group], {}))
+    cut = data.draw(st.integers(0, len(whole)))
+    if data.draw(st.booleans()):
+        whole = whole[:cut]
+    elif cut < len(whole):
+        whole[cut] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(MalformedAnswer):
+        unpack(bytes(whole))
+
+
+def test_frames_are_cut_however_the_bytes_arrive() -> None:
+    stream = b"".join(len(f).to_bytes(8, "little") + f for f in (b"one", b"", b"three"))
+    frames = Frames()
+    found = [frame for i in range(len(stream)) for frame in frames.feed(stream[i : i + 1])]
+    assert found == [b"one", b"", b"three"]
+
+
+# --- the other routes ---------------------------------------------------------------------------
+
+
+def test_the_default_schedule_is_read_and_set(server: ServerProcess) -> None:
+    def put(body: Any) -> httpx.Response:
+        url = f"{server.url}/v1/annealing"
+        return httpx.put(url, json=body, headers=server.admin_headers, timeout=30)
+
+    prompt = {"prompts": ["x"], "sampling_params": {"max_new_tokens": 3}}
+    native = {"text": "x", "sampling_params": {"max_new_tokens": 3}}
+    try:
+        told = put({"annealing": {"schedule": "constant", "tau": 0.5}, "step": 4}).json()
+        assert told == httpx.get(f"{server.url}/v1/annealing", timeout=30).json()
+        assert told["annealing"] == {"schedule": "constant", "tau": 0.5}
+        assert told["step"]["step"] == 4
+        group = post(server, "/v1/rollouts", prompt)["groups"][0]
+        assert group["answers"][0]["temperatures"] == [0.5] * 3
+        assert group["annealing"]["step"] == 4
+        assert post(server, "/generate", native)["meta_info"]["annealing"]["tau"] == 0.5
+        group = post(server, "/v1/rollouts", {**prompt, "annealing": None})["groups"][0]
+        assert group["answers"][0]["temperatures"] == [1.0] * 3
+        refused = put({"annealing": {"schedule": "constant", "tau": 50}})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "annealing.tau"
+        assert httpx.get(f"{server.url}/v1/annealing", timeout=30).json() == told
+    finally:
+        assert put({"annealing": None, "step": None}).json()["annealing"] is None
+    assert "annealing" not in post(server, "/generate", native)["meta_info"]
+
+
+def test_a_preview_is_numbers_or_a_plot(server: ServerProcess) -> None:
+    from xml.etree import ElementTree
+
+    query: dict[str, Any] = {"annealing": json.dumps({"decay": 9.0, "warmup": 2}), "length": 40}
+    url = f"{server.url}/v1/annealing/preview"
+    got = httpx.get(url, params={**query, "step": [0, 8]}, timeout=30).json()
+    assert list(got["temperatures"]) == ["0", "8"]
+    for step, values in got["temperatures"].items():
+        schedule = {"decay": 9.0, "warmup": 2, "step": int(step)}
+        assert values == pytest.approx(expected_temperatures(schedule, 40), abs=1e-9)
+    plot = httpx.get(url, params=query, headers={"accept": "image/svg+xml"}, timeout=30)
+    assert plot.headers["content-type"].startswith("image/svg+xml")
+    lines = ElementTree.fromstring(plot.text).findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 1
+    heights = [float(point.split(",")[1]) for point in lines[0].attrib["points"].split()]
+    assert len(heights) == 40
+    assert heights[-1] > heights[2]  # cooler is lower on the page
+    for bad in ({"annealing": "{"}, {"length": 0}, {"step": -1}, {"entropy": "nan"}):
+        answer = httpx.get(url, params={**query, **bad}, timeout=30)
+        assert answer.status_code == 400, bad
+        assert answer.json()["error"]["param"].startswith(next(iter(bad)))
+
+
+def test_the_description_of_the_api_has_what_is_ours(server: ServerProcess) -> None:
+    described = httpx.get(f"{server.url}/openapi.json", timeout=30).json()
+    for path in ("/v1/rollouts", "/v1/annealing", "/v1/annealing/preview", "/v1/annealing/schema"):
+        assert path in described["paths"]
+    for name in ("ChatCompletionRequest", "CompletionRequest"):
+        assert {"annealing", "rollout"} <= set(
+            described["components"]["schemas"][name]["properties"]
+        )
+    schemas = httpx.get(f"{server.url}/v1/annealing/schema", timeout=30).json()["schedules"]
+    assert {"ead", "segment", "piecewise"} <= set(schemas)
+    assert schemas["ead"]["properties"]["tau_max"]["maximum"] == 10.0
+    for state in ("live", "ready"):
+        assert httpx.get(f"{server.url}/health/{state}", timeout=30).status_code == 200
