@@ -112,7 +112,8 @@ def test_every_flag_passes_and_a_users_own_flag_wins(tmp_path: Path) -> None:
     assert arguments[: len(given)] == given
     assert "--mem-fraction-static" not in arguments
     assert arguments[arguments.index("--attention-backend") + 1] == "torch_native"
-    assert with_defaults(given, cpu=False) == given
+    with_metrics = [*given, "--enable-metrics", "--log-level-http", "warning"]
+    assert with_defaults(given, cpu=False) == with_metrics
 
 
 @pytest.mark.parametrize("given", [[], ["--model-path", "smollm2"], ["--model=smollm2"]])

@@ -107,8 +107,8 @@ def serve(
 
 def _key(value: str | None, file: Path | None) -> str | None:
     """A secret given in the environment or on the command line, or in a file."""
-    if value is not None or file is None:
-        return value
+    if value or file is None:
+        return value or None  # an empty variable is none
     try:
         return file.read_text().strip()
     except OSError as error:
