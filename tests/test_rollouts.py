@@ -331,7 +331,7 @@ ANSWERS = st.lists(
         st.just({"error": {"message": "m", "type": "server_error", "param": None, "code": 500}}),
         st.builds(
             answer_of,
-            st.lists(st.integers(0, 200_000), max_size=5),
+            st.lists(st.integers(0, 2**24 - 1), max_size=5),
             st.sampled_from([0.1, 0.5, 1.0]),
         ),
     ),
@@ -377,7 +377,7 @@ def test_the_arrays_of_an_answer_are_views_of_its_bytes() -> None:
 def test_damaged_bytes_are_a_typed_error(data: st.DataObject) -> None:
     """Cut short or with a byte changed: MalformedAnswer, or numbers that differ; nothing else."""
     group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
-    group.answers = [answer_of([1, 2, 3], 0.5)]
+    group.answers = [answer_of([1, 2, 100_000], 0.5)]
     whole = bytearray(packing.pack([group], {}))
     cut = data.draw(st.integers(0, len(whole)))
     if data.draw(st.booleans()):

@@ -1,6 +1,6 @@
 """Answers of /v1/rollouts, read from safetensors where the arrays lie.
 
-Only token ids are copied: they travel as uint16 where they fit, which torch cannot compute with.
+Only token ids are copied: they travel in 16 or 24 bits, which torch cannot compute with.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
         if list(entry["shape"]) != [count]:
             raise ValueError(f"{name} has shape {entry['shape']} in {last - first} bytes")
         arrays[name] = np.frombuffer(data, dtype, count, start + first)
+    if "token_ids_high" in arrays:
+        high = arrays["token_ids_high"].astype(np.int32)
+        arrays["token_ids"] = (high << 16) | arrays["token_ids_low"]
     return arrays
 
 

@@ -3,7 +3,9 @@
 Safetensors because any language reads it, it holds numbers only, and a reader can look at its
 arrays where they lie. The arrays of all answers are put end to end:
 
-    token_ids          uint16 or int32 [T]  all answers, group by group
+    token_ids          uint16 [T]           all answers, group by group; or, where 16 bits are too
+    token_ids_low      uint16 [T]           few for one of them, the lowest 16 of each
+    token_ids_high     uint8 [T]            and the highest 8: low + 65536 * high
     offsets            int64 [A + 1]        answer i is offsets[i]:offsets[i + 1] of a column
     logprobs, model_logprobs, entropies (on request)     float32 [T]
     temperatures       float32 [U]          each run of values once: most schedules are the same
@@ -97,14 +99,11 @@ def pack(groups: Sequence[Group], head: Json) -> bytes:
     answers = [answer for group in groups for answer in group.answers]
     lengths = [0 if a["error"] is not None else len(a["token_ids"]) for a in answers]
     sampled = [answer for answer in answers if answer["error"] is None]
-    token_ids = _concat([answer["token_ids"] for answer in sampled], np.int32)
-    if not len(token_ids) or token_ids.max() < 1 << 16:
-        token_ids = token_ids.astype(np.uint16)
     temperatures, starts = _shared_runs(
         [a["temperatures"] if a["error"] is None else np.empty(0, np.float32) for a in answers]
     )
     arrays = {
-        "token_ids": token_ids,
+        **_token_ids(_concat([answer["token_ids"] for answer in sampled], np.int32)),
         "offsets": _offsets(lengths),
         "temperatures": temperatures,
         "temperature_starts": starts,
@@ -131,6 +130,14 @@ def pack(groups: Sequence[Group], head: Json) -> bytes:
 
 def _concat(parts: list[NDArray[Any]], kind: Any) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, kind)
+
+
+def _token_ids(token_ids: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+    """As one array, or as two with names of their own: nobody must take the low bits for ids."""
+    low = token_ids.astype(np.uint16)
+    if not token_ids.max(initial=0) >> 16:
+        return {"token_ids": low}
+    return {"token_ids_low": low, "token_ids_high": (token_ids >> 16).astype(np.uint8)}
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
