@@ -118,6 +118,24 @@ def test_all_forms_of_an_answer_say_the_same(server: ServerProcess) -> None:
                     assert np.array_equal(column, np.asarray(want[name], column.dtype))
 
 
+def test_texts_can_be_left_out(client: Client) -> None:
+    both = [
+        client.rollouts(
+            ["class"],
+            annealing=FAST,
+            texts=texts,
+            max_new_tokens=8,
+            ignore_eos=True,
+            sampling_seed=5,
+        )
+        for texts in (True, False)
+    ]
+    (with_text,), (without,) = (answer.groups[0].answers for answer in both)
+    assert (bool(with_text.text), without.text) == (True, "")
+    assert without.rollout is not None
+    assert len(without.rollout) == 8
+
+
 def test_one_prompts_failure_is_its_own(client: Client) -> None:
     answer = client.rollouts(["x", [5] * 5000, [-1]], n=2, annealing={}, max_new_tokens=3)
     assert len(rollouts_of(answer.groups[0])) == 2

@@ -94,10 +94,16 @@ class _Calls:
         return isinstance(error, ApiError) and error.status in _RETRIED_STATUS
 
     def _rollouts_body(
-        self, prompts: Prompts, n: int, annealing: Annealing, sampling_params: Json, entropies: bool
+        self,
+        prompts: Prompts,
+        n: int,
+        annealing: Annealing,
+        sampling_params: Json,
+        entropies: bool,
+        texts: bool,
     ) -> Json:
         sent = [dict(p) if isinstance(p, Mapping) else p for p in prompts]
-        body: Json = {"prompts": sent, "n": n, "entropies": entropies}
+        body: Json = {"prompts": sent, "n": n, "entropies": entropies, "texts": texts}
         if annealing is not None:
             body["annealing"] = dict(annealing)
         return {**body, "sampling_params": sampling_params}
@@ -322,6 +328,7 @@ class Client(_Calls):
         n: int = 1,
         annealing: Annealing = None,
         entropies: bool = False,
+        texts: bool = True,
         idempotency_key: str | None = None,
         **sampling_params: Any,
     ) -> Rollouts:
@@ -333,7 +340,7 @@ class Client(_Calls):
         `Rollouts.errors`. With an idempotency_key a lost connection is retried, and the server
         goes on where it was; without one, a lost connection ends the generation.
         """
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
         headers = _rollouts_headers(WHOLE, idempotency_key)
         repeatable = idempotency_key is not None
         response = self.request("POST", ROLLOUTS, body, repeatable=repeatable, headers=headers)
@@ -346,13 +353,14 @@ class Client(_Calls):
         n: int = 1,
         annealing: Annealing = None,
         entropies: bool = False,
+        texts: bool = True,
         idempotency_key: str | None = None,
         **sampling_params: Any,
     ) -> Iterator[Group]:
         """The groups of `rollouts` as they complete, so that the first can be scored while others
         are generated. Leaving the iteration ends the generation, unless there is a key.
         """
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
         headers = _rollouts_headers(FRAMES, idempotency_key)
         stream = _GroupStream(body)
         try:
@@ -497,11 +505,12 @@ class AsyncClient(_Calls):
         n: int = 1,
         annealing: Annealing = None,
         entropies: bool = False,
+        texts: bool = True,
         idempotency_key: str | None = None,
         **sampling_params: Any,
     ) -> Rollouts:
         """See Client.rollouts."""
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
         headers = _rollouts_headers(WHOLE, idempotency_key)
         repeatable = idempotency_key is not None
         response = await self.request(
@@ -516,11 +525,12 @@ class AsyncClient(_Calls):
         n: int = 1,
         annealing: Annealing = None,
         entropies: bool = False,
+        texts: bool = True,
         idempotency_key: str | None = None,
         **sampling_params: Any,
     ) -> AsyncIterator[Group]:
         """See Client.stream_rollouts."""
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies)
+        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
         headers = _rollouts_headers(FRAMES, idempotency_key)
         stream = _GroupStream(body)
         try:

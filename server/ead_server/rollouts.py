@@ -85,6 +85,9 @@ class RolloutRequest(BaseModel):
         "first answer of each group; the others count up from it",
     )
     entropies: bool = Field(False, description="also the next-token entropies, in nats")
+    texts: bool = Field(
+        True, description="false: no text, a third of the bytes, for who decodes token_ids"
+    )
 
 
 def plan(request: RolloutRequest) -> list[Group]:
@@ -112,7 +115,7 @@ def plan(request: RolloutRequest) -> list[Group]:
         if raw is not None and "position_offset" not in (request.annealing or {}):
             own = {**raw, "position_offset": len(prompt.prefix_token_ids)}
         fields = {**params, ANNEALING: own, ROLLOUT: rollout}
-        groups.append(Group(index, prompt, prompt.n or request.n, fields))
+        groups.append(Group(index, prompt, prompt.n or request.n, fields, texts=request.texts))
     return groups
 
 
@@ -122,11 +125,14 @@ def plan(request: RolloutRequest) -> list[Group]:
 class Group:
     """One prompt and its answers, as they are generated and as they are kept."""
 
-    def __init__(self, index: int, prompt: Prompt, n: int, params: Json) -> None:
+    def __init__(
+        self, index: int, prompt: Prompt, n: int, params: Json, *, texts: bool = True
+    ) -> None:
         self.index = index
         self.prompt = prompt
         self.n = n
         self.params = params
+        self.texts = texts
         self.prompt_token_ids = np.empty(0, np.int32)  # prefix included
         self.answers: list[Json] = []  # "error", or the columns as arrays and what is said of them
         self.error: Json | None = None  # of the whole group
@@ -152,7 +158,10 @@ class Group:
         if params.get("sampling_seed") is not None:
             params = {**params, "sampling_seed": params["sampling_seed"] + index}
         try:
-            return _columnar(await engine.generate(token_ids, params), params)
+            item = await engine.generate(token_ids, params)
+            if not self.texts:
+                item.pop("text", None)
+            return _columnar(item, params)
         except Exception as error:
             return {"error": _typed(error)}
 
