@@ -110,6 +110,13 @@ HOOKS = (
         "`ead serve`'s limits, request ids and counts, whatever the route",
     ),
     Hook(
+        f"{_MANAGER}._validate_one_request",
+        "self obj input_ids",
+        "BEFORE",
+        "ead_server.admission:refuse_empty_prompt",
+        "a prompt of no tokens kills the scheduler",
+    ),
+    Hook(
         f"{_MANAGER}.update_request_meta_info",
         "self meta_info state customized_info index finish_reason",
         "AROUND",

@@ -193,7 +193,8 @@ def test_the_schedule_goes_on_after_a_pause(
     post(server, "/pause_generation", {"mode": mode})
     try:
         if mode == "retract":
-            httpx.post(f"{server.url}/flush_cache", timeout=60).raise_for_status()
+            flush = f"{server.url}/flush_cache"
+            httpx.post(flush, headers=server.admin_headers, timeout=60).raise_for_status()
         assert mode == "abort" or not answer.done()
     finally:
         post(server, "/continue_generation", {})
@@ -213,16 +214,23 @@ def test_an_abort_in_mid_flight_leaves_the_others_exact(
     server: ServerProcess, reference: Reference
 ) -> None:
     """One request is aborted by its id, one stream is dropped by its client, three go on."""
-    answers = while_running(server, [{"rid": f"corner-{index}"} for index in range(4)])
+    answers = while_running(server, [{}] * 3)
+    url = f"{server.url}/generate"
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True, "annealing": FAST},
         "stream": True,
     }
-    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=60) as response:
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
         next(response.iter_lines())  # and the connection closes
-    httpx.post(f"{server.url}/abort_request", json={"rid": "corner-0"}, timeout=60)
-    finals = [answer.result(timeout=120) for answer in answers]
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        first = json.loads(next(lines)[len("data: ") :])
+        abort = f"{server.url}/abort_request"
+        rid = {"rid": first["meta_info"]["id"]}
+        httpx.post(abort, json=rid, headers=server.admin_headers, timeout=60).raise_for_status()
+        last = [first, *(json.loads(line[len("data: ") :]) for line in lines)][-1]
+    finals = [last, *(answer.result(timeout=120) for answer in answers)]
     assert finals[0]["meta_info"]["finish_reason"]["type"] == "abort"
     counts = [final["meta_info"]["completion_tokens"] for final in finals]
     assert 0 < counts[0] < LONG

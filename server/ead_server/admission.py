@@ -21,6 +21,7 @@ MAX_LOGIT_BIAS = 1024  # entries
 MAX_STOP_LENGTH = 1024  # characters of a stop string or regex
 MAX_STOP_TOKENS = 1024
 MAX_TOKEN_IDS_LOGPROB = 1024
+MAX_FLOAT = 1e9  # of any sampling parameter, either sign
 
 
 class LimitExceeded(ValueError):
@@ -76,6 +77,7 @@ def check_limits(obj: Any, limits: Settings, vocab_size: int) -> None:
             _check_length(name, strings if _is_list(strings) else [strings], limits.max_stop)
             for string in strings if _is_list(strings) else [strings]:
                 _check_length(name, string, MAX_STOP_LENGTH)
+        _check_numbers(param)
         _check_length("stop_token_ids", param.get("stop_token_ids"), MAX_STOP_TOKENS)
         _check_length("logit_bias", param.get("logit_bias"), MAX_LOGIT_BIAS)
     if num_answers > limits.max_answers:
@@ -100,6 +102,23 @@ def _check(field: str, value: object, low: int, high: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise LimitExceeded(field, f"must be an integer in [{low}, {high}], got {value!r:.80}")
+
+
+def _check_numbers(params: dict[str, Any]) -> None:
+    """Every number of the sampling parameters fits a tensor: SGLang's scheduler makes them into
+    tensors without looking, and dies of those that do not."""
+    for name, value in params.items():
+        values = value.values() if isinstance(value, dict) and name == "logit_bias" else [value]
+        for number in _flat(value) if _is_list(value) else values:
+            if isinstance(number, int):
+                high = 1 << (63 if name == "sampling_seed" else 31)
+                if not -high <= number < high:
+                    bits = 64 if name == "sampling_seed" else 32
+                    raise LimitExceeded(name, f"must fit {bits} bits, got {number!r:.80}")
+            elif isinstance(number, float) and not abs(number) <= MAX_FLOAT:
+                raise LimitExceeded(
+                    name, f"must be a finite number of at most {MAX_FLOAT:g}, got {number!r}"
+                )
 
 
 def _check_length(field: str, value: object, high: int) -> None:
@@ -127,6 +146,13 @@ def _prompts_of_ids(input_ids: Any) -> Iterator[list[int]]:
         yield input_ids
     else:
         yield from input_ids or ()
+
+
+def refuse_empty_prompt(manager: Any, obj: Any, input_ids: Any) -> None:
+    """BEFORE TokenizerManager._validate_one_request: a prompt of no tokens kills the scheduler."""
+    embeds = getattr(obj, "input_embeds", None)
+    if input_ids is not None and len(input_ids) == 0 and not embeds:
+        raise LimitExceeded("prompt", "must have at least one token")
 
 
 async def _told(items: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
