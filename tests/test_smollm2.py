@@ -34,7 +34,8 @@ def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     flags = ["--dtype", "float32"]
     with ServerProcess(flags, tmp_path_factory.mktemp("smollm2") / "server.log") as process:
         process.wait_until_ready()
-        with Client(process.url, model="smollm2", timeout=300) as client:
+        key = process.admin_api_key
+        with Client(process.url, model="smollm2", admin_api_key=key, timeout=300) as client:
             yield client
 
 
