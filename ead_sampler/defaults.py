@@ -113,6 +113,11 @@ def default_annealing() -> dict[str, Any] | None:
     return _parsed(os.environ.get(DEFAULT_ANNEALING, "").strip() if text is None else text)
 
 
+def with_step(raw: dict[str, Any]) -> dict[str, Any]:
+    """A schedule as a client sent it, with the step in effect now if it names none."""
+    return {**raw, "step": shared_defaults().step} if raw.get("step") is None else raw
+
+
 def set_default_annealing(raw: dict[str, Any] | None) -> None:
     """Make this the default of all processes of the server. Raises AnnealingError."""
     if raw is not None:

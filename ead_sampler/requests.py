@@ -15,7 +15,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from ead_sampler.defaults import default_annealing, shared_defaults
+from ead_sampler.defaults import default_annealing, shared_defaults, with_step
 from ead_sampler.schedule import AnnealingError, parse_annealing
 
 ANNEALING = "annealing"
@@ -235,10 +235,9 @@ def _completed(params: dict[str, Any], manager: Any) -> dict[str, Any]:
     custom = params.get("custom_params")
     if not isinstance(custom, dict) or not isinstance(custom.get(ANNEALING), dict):
         return params
-    raw = custom[ANNEALING]
-    if raw.get("step") is None:
-        raw = {**raw, "step": shared_defaults().step}
-    schedule = parse_annealing(raw).resolved(getattr(manager, "tokenizer", None))
+    schedule = parse_annealing(with_step(custom[ANNEALING])).resolved(
+        getattr(manager, "tokenizer", None)
+    )
     return {**params, "custom_params": {**custom, ANNEALING: schedule.model_dump()}}
 
 

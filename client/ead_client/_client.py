@@ -93,29 +93,28 @@ class _Calls:
             return repeatable or isinstance(error.__cause__, httpx.ConnectTimeout)
         return isinstance(error, ApiError) and error.status in _RETRIED_STATUS
 
-    def _rollouts_body(
+    def _rollouts_call(
         self,
         prompts: Prompts,
-        n: int,
-        annealing: Annealing,
         sampling_params: Json,
-        entropies: bool,
-        texts: bool,
-    ) -> Json:
+        annealing: Annealing,
+        accept: str,
+        idempotency_key: str | None,
+        **fields: Any,
+    ) -> tuple[Json, dict[str, str]]:
+        """Body and headers; `fields` are the request's own (n, entropies, texts)."""
         sent = [dict(p) if isinstance(p, Mapping) else p for p in prompts]
-        body: Json = {"prompts": sent, "n": n, "entropies": entropies, "texts": texts}
+        body: Json = {"prompts": sent, **fields}
         if annealing is not None:
             body["annealing"] = dict(annealing)
-        return {**body, "sampling_params": sampling_params}
+        headers = {"accept": accept}
+        if idempotency_key:
+            headers["idempotency-key"] = idempotency_key
+        return {**body, "sampling_params": sampling_params}, headers
 
 
 def _bearer(key: str | None) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
-
-
-def _rollouts_headers(accept: str, idempotency_key: str | None) -> dict[str, str]:
-    key = {"idempotency-key": idempotency_key} if idempotency_key else {}
-    return {"accept": accept, **key}
 
 
 def _checked_groups(body: Json, groups: list[Group]) -> list[Group]:
@@ -309,17 +308,11 @@ class Client(_Calls):
         """The answer piece by piece; leaving the iteration ends the generation."""
         body = self._body(annealing, rollout, {"messages": list(messages), **fields})
         check = _StreamCheck(body)
-        try:
-            with self._http.stream("POST", CHAT, json={**body, "stream": True}) as response:
-                if response.status_code >= 400:
-                    response.read()
-                _check_status(response)
-                for line in response.iter_lines():
-                    chunk = check.chunk(line)
-                    if chunk is not None:
-                        yield chunk
-        except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+        with self._stream(CHAT, {**body, "stream": True}) as response:
+            for line in response.iter_lines():
+                chunk = check.chunk(line)
+                if chunk is not None:
+                    yield chunk
 
     def rollouts(
         self,
@@ -340,8 +333,16 @@ class Client(_Calls):
         `Rollouts.errors`. With an idempotency_key a lost connection is retried, and the server
         goes on where it was; without one, a lost connection ends the generation.
         """
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
-        headers = _rollouts_headers(WHOLE, idempotency_key)
+        body, headers = self._rollouts_call(
+            prompts,
+            sampling_params,
+            annealing,
+            WHOLE,
+            idempotency_key,
+            n=n,
+            entropies=entropies,
+            texts=texts,
+        )
         repeatable = idempotency_key is not None
         response = self.request("POST", ROLLOUTS, body, repeatable=repeatable, headers=headers)
         return _whole_rollouts(body, response.content)
@@ -360,19 +361,35 @@ class Client(_Calls):
         """The groups of `rollouts` as they complete, so that the first can be scored while others
         are generated. Leaving the iteration ends the generation, unless there is a key.
         """
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
-        headers = _rollouts_headers(FRAMES, idempotency_key)
+        body, headers = self._rollouts_call(
+            prompts,
+            sampling_params,
+            annealing,
+            FRAMES,
+            idempotency_key,
+            n=n,
+            entropies=entropies,
+            texts=texts,
+        )
         stream = _GroupStream(body)
+        with self._stream(ROLLOUTS, body, headers) as response:
+            for data in response.iter_bytes():
+                yield from stream.feed(data)
+        stream.check_end()
+
+    @contextlib.contextmanager
+    def _stream(
+        self, path: str, body: Json, headers: Mapping[str, str] | None = None
+    ) -> Iterator[httpx.Response]:
+        """An answer still arriving, its status checked; what breaks it raises EadError."""
         try:
-            with self._http.stream("POST", ROLLOUTS, json=body, headers=headers) as response:
+            with self._http.stream("POST", path, json=body, headers=headers) as response:
                 if response.status_code >= 400:
                     response.read()
                 _check_status(response)
-                for data in response.iter_bytes():
-                    yield from stream.feed(data)
+                yield response
         except httpx.HTTPError as error:
             raise _transport_error(error) from error
-        stream.check_end()
 
     def request(
         self,
@@ -485,18 +502,11 @@ class AsyncClient(_Calls):
         """See Client.stream_chat."""
         body = self._body(annealing, rollout, {"messages": list(messages), **fields})
         check = _StreamCheck(body)
-        try:
-            stream = self._http.stream("POST", CHAT, json={**body, "stream": True})
-            async with stream as response:
-                if response.status_code >= 400:
-                    await response.aread()
-                _check_status(response)
-                async for line in response.aiter_lines():
-                    chunk = check.chunk(line)
-                    if chunk is not None:
-                        yield chunk
-        except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+        async with self._stream(CHAT, {**body, "stream": True}) as response:
+            async for line in response.aiter_lines():
+                chunk = check.chunk(line)
+                if chunk is not None:
+                    yield chunk
 
     async def rollouts(
         self,
@@ -510,8 +520,16 @@ class AsyncClient(_Calls):
         **sampling_params: Any,
     ) -> Rollouts:
         """See Client.rollouts."""
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
-        headers = _rollouts_headers(WHOLE, idempotency_key)
+        body, headers = self._rollouts_call(
+            prompts,
+            sampling_params,
+            annealing,
+            WHOLE,
+            idempotency_key,
+            n=n,
+            entropies=entropies,
+            texts=texts,
+        )
         repeatable = idempotency_key is not None
         response = await self.request(
             "POST", ROLLOUTS, body, repeatable=repeatable, headers=headers
@@ -530,20 +548,36 @@ class AsyncClient(_Calls):
         **sampling_params: Any,
     ) -> AsyncIterator[Group]:
         """See Client.stream_rollouts."""
-        body = self._rollouts_body(prompts, n, annealing, sampling_params, entropies, texts)
-        headers = _rollouts_headers(FRAMES, idempotency_key)
+        body, headers = self._rollouts_call(
+            prompts,
+            sampling_params,
+            annealing,
+            FRAMES,
+            idempotency_key,
+            n=n,
+            entropies=entropies,
+            texts=texts,
+        )
         stream = _GroupStream(body)
+        async with self._stream(ROLLOUTS, body, headers) as response:
+            async for data in response.aiter_bytes():
+                for group in stream.feed(data):
+                    yield group
+        stream.check_end()
+
+    @contextlib.asynccontextmanager
+    async def _stream(
+        self, path: str, body: Json, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """See Client._stream."""
         try:
-            async with self._http.stream("POST", ROLLOUTS, json=body, headers=headers) as response:
+            async with self._http.stream("POST", path, json=body, headers=headers) as response:
                 if response.status_code >= 400:
                     await response.aread()
                 _check_status(response)
-                async for data in response.aiter_bytes():
-                    for group in stream.feed(data):
-                        yield group
+                yield response
         except httpx.HTTPError as error:
             raise _transport_error(error) from error
-        stream.check_end()
 
     async def request(
         self,

@@ -70,7 +70,7 @@ def check_limits(obj: Any, limits: Settings, vocab_size: int) -> None:
             raise LimitExceeded("sampling_params", f"must be an object, got {param!r:.80}")
         n = param.get("n")
         n = 1 if n is None else n
-        _check("n", n, 1, limits.max_n)
+        check_range("n", n, 1, limits.max_n)
         num_answers += n if len(each) > 1 else n * num_prompts
         for name in ("stop", "stop_regex"):
             strings = param.get(name) or ()
@@ -85,7 +85,7 @@ def check_limits(obj: Any, limits: Settings, vocab_size: int) -> None:
             "n", f"prompts times n must be at most {limits.max_answers}, got {num_answers}"
         )
     for number in _flat(obj.top_logprobs_num):
-        _check("top_logprobs_num", number, 0, limits.max_top_logprobs)
+        check_range("top_logprobs_num", number, 0, limits.max_top_logprobs)
     _check_length("token_ids_logprob", obj.token_ids_logprob, MAX_TOKEN_IDS_LOGPROB)
     for token_ids in obj.token_ids_logprob or ():
         _check_length("token_ids_logprob", token_ids, MAX_TOKEN_IDS_LOGPROB)
@@ -97,7 +97,8 @@ def check_limits(obj: Any, limits: Settings, vocab_size: int) -> None:
                 )
 
 
-def _check(field: str, value: object, low: int, high: int) -> None:
+def check_range(field: str, value: object, low: int, high: int) -> None:
+    """Raises LimitExceeded; None is absent."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

@@ -111,19 +111,17 @@ class Guard:
 
         token = current_call.set(call)
         try:
-            refusal = self._refused_key(current, call.method, path, scope) or _draining(call)
-            body = b""
-            if refusal is None:
-                refusal, body_or_gone = await self._body(call, scope, receive)
-                if body_or_gone is None and refusal is None:
-                    return  # the client is gone
-                body = body_or_gone or b""
-            if refusal is None:
-                refusal = _refused_load(current, path, body)
-            if refusal is not None:
-                call.refused = refusal.reason
-                await _refuse(observed, refusal)
-            else:
+            body: bytes | Refusal | None = (
+                self._refused_key(current, call.method, path, scope)
+                or _draining(call)
+                or await self._body(call, scope, receive)
+            )
+            if isinstance(body, bytes):
+                body = _refused_load(current, path, body) or body
+            if isinstance(body, Refusal):
+                call.refused = body.reason
+                await _refuse(observed, body)
+            elif body is not None:
                 await self.app(scope, replay(body, receive), observed)
         finally:
             current_call.reset(token)
@@ -161,24 +159,20 @@ class Guard:
 
     # --- sizes -----------------------------------------------------------------------------
 
-    async def _body(
-        self, call: Call, scope: Any, receive: Receive
-    ) -> tuple[Refusal | None, bytes | None]:
-        """The request's body, or why it is refused; (None, None) when the client is gone."""
+    async def _body(self, call: Call, scope: Any, receive: Receive) -> bytes | Refusal | None:
+        """The request's body, or why it is refused; None when the client is gone."""
         limit = call.settings.max_body_bytes
-        too_large = Refusal(
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not (declared.isdigit() and int(declared) > limit):
+            body = await read_body(receive, limit)
+            if body is None or len(body) <= limit:
+                return body
+        return Refusal(
             413,
             f"the request body must have at most {limit:,} bytes (--max-body-bytes)",
             "too_large",
             headers=((b"connection", b"close"),),  # what else arrives of it is not read
         )
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            return too_large, None
-        body = await read_body(receive, limit)
-        if body is not None and len(body) > limit:
-            return too_large, None
-        return None, body
 
 
 def _sglang_admin_paths(routes: Iterable[Any]) -> Iterable[str]:

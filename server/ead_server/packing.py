@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, SAMPLING
-from ead_server.rollouts import Group, Job, about
+from ead_server.rollouts import Group, Job
 
 Json = dict[str, Any]
 
@@ -38,29 +38,32 @@ FRAMES = "application/vnd.safetensors-seq"  # each preceded by its length, uint6
 FORMATS = {JSON: "json", NDJSON: "ndjson", SAFETENSORS: "safetensors", FRAMES: "safetensors-seq"}
 
 _ARRAYS = ("token_ids", *COLUMNS, ENTROPIES)
+_OF_GROUP = (ANNEALING, SAMPLING)  # the same for all its answers
 
 
 def json_group(group: Group) -> Json:
     """A group with its columns as lists (orjson writes arrays as such)."""
-    head = {
+    answers = [
+        {"index": index, **_without(_OF_GROUP, answer)}
+        for index, answer in enumerate(group.answers)
+    ]
+    return {**_head(group), "prompt_token_ids": group.prompt_token_ids, "answers": answers}
+
+
+def _head(group: Group) -> Json:
+    """What is said of a group, the schedule and the cuts of its answers included."""
+    sampled = next((a for a in group.answers if a["error"] is None), {})
+    return {
         "object": "rollouts.group",
         "index": group.index,
         "metadata": group.prompt.metadata,
         "error": group.error,
-        "prompt_token_ids": group.prompt_token_ids,
-        **_markers(group),
+        **{name: sampled.get(name) for name in _OF_GROUP},
     }
-    answers = [
-        {"index": index, **{k: v for k, v in answer.items() if k not in (ANNEALING, SAMPLING)}}
-        for index, answer in enumerate(group.answers)
-    ]
-    return {**head, "answers": answers}
 
 
-def _markers(group: Group) -> Json:
-    """The schedule and the cuts that all answers of the group were sampled with."""
-    sampled = next((a for a in group.answers if a["error"] is None), {})
-    return {name: sampled.get(name) for name in (ANNEALING, SAMPLING)}
+def _without(names: Sequence[str], answer: Json) -> Json:
+    return {name: value for name, value in answer.items() if name not in names}
 
 
 def dumps(content: Any) -> bytes:
@@ -69,7 +72,7 @@ def dumps(content: Any) -> bytes:
 
 def json_answer(job: Job) -> bytes:
     groups = [json_group(group) for group in job.groups]
-    return dumps({**about(job), "object": "rollouts", "groups": groups, "usage": job.usage()})
+    return dumps({**job.about(), "object": "rollouts", "groups": groups, "usage": job.usage()})
 
 
 def json_line(group: Group) -> bytes:
@@ -77,11 +80,11 @@ def json_line(group: Group) -> bytes:
 
 
 def last_json_line(job: Job) -> bytes:
-    return dumps({**about(job), "object": "rollouts.end", "usage": job.usage()}) + b"\n"
+    return dumps({**job.about(), "object": "rollouts.end", "usage": job.usage()}) + b"\n"
 
 
 def binary_answer(job: Job) -> bytes:
-    return pack(job.groups, {**about(job), "object": "rollouts", "usage": job.usage()})
+    return pack(job.groups, {**job.about(), "object": "rollouts", "usage": job.usage()})
 
 
 def frame(group: Group) -> bytes:
@@ -90,7 +93,7 @@ def frame(group: Group) -> bytes:
 
 
 def last_frame(job: Job) -> bytes:
-    packed = pack([], {**about(job), "object": "rollouts.end", "usage": job.usage()})
+    packed = pack([], {**job.about(), "object": "rollouts.end", "usage": job.usage()})
     return len(packed).to_bytes(8, "little") + packed
 
 
@@ -113,14 +116,9 @@ def pack(groups: Sequence[Group], head: Json) -> bytes:
     columns = [name for name in (*COLUMNS[1:], ENTROPIES) if all(name in a for a in sampled)]
     for name in columns if sampled else COLUMNS[1:]:
         arrays[name] = _concat([answer[name] for answer in sampled], np.float32)
+    told = (*_ARRAYS, *_OF_GROUP)
     about_groups = [
-        {
-            **{k: v for k, v in json_group(group).items() if k != "prompt_token_ids"},
-            "answers": [
-                {k: v for k, v in answer.items() if k not in (*_ARRAYS, ANNEALING, SAMPLING)}
-                for answer in group.answers
-            ],
-        }
+        {**_head(group), "answers": [_without(told, answer) for answer in group.answers]}
         for group in groups
     ]
     text = orjson.dumps({**head, "groups": about_groups})

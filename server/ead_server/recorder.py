@@ -110,10 +110,15 @@ def _columns(choice: Choice, start: int) -> Json:
 
 
 def _about(choice: Choice) -> Json:
-    reason = choice.meta.get("finish_reason")
-    about: Json = {name: choice.meta.get(name) for name in MARKERS}
-    about["finish_reason"] = reason.get("type") if isinstance(reason, dict) else reason
-    about["prompt_token_ids"] = choice.prompt_token_ids
-    about["weight_version"] = choice.meta.get("weight_version")
-    about["weight_versions"] = choice.meta.get("weight_versions")
-    return about
+    return {**said_of(choice.meta), "prompt_token_ids": choice.prompt_token_ids}
+
+
+def said_of(meta: Json) -> Json:
+    """What an answer's meta_info says besides its columns: markers, ending, weight versions."""
+    reason = meta.get("finish_reason")
+    return {
+        **{name: meta.get(name) for name in MARKERS},
+        "finish_reason": reason.get("type") if isinstance(reason, dict) else reason,
+        "weight_version": meta.get("weight_version"),
+        "weight_versions": meta.get("weight_versions"),
+    }

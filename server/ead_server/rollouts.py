@@ -10,17 +10,18 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ead_sampler.defaults import default_annealing, shared_defaults
-from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, SAMPLING, check_sampling
+from ead_sampler.defaults import default_annealing, with_step
+from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, check_sampling
 from ead_sampler.schedule import AnnealingError, parse_annealing
 from ead_server.errors import openai_error
+from ead_server.recorder import said_of
 
 Json = dict[str, Any]
 
@@ -104,9 +105,8 @@ def plan(request: RolloutRequest) -> list[Group]:
     raw = request.annealing if said or "temperature" in params else default_annealing()
     if raw is not None:
         check_sampling(params)
-        if raw.get("step") is None:  # one step for all answers, also if it is set meanwhile
-            raw = {**raw, "step": shared_defaults().step}
-        raw = parse_annealing(raw).model_dump()
+        # one step for all answers, also if another is set meanwhile
+        raw = parse_annealing(with_step(raw)).model_dump()
     rollout = {ENTROPIES: True} if request.entropies else True
     params = {**UNTRUNCATED, **params}
     groups = []
@@ -177,13 +177,7 @@ def _columnar(item: Json, params: Json) -> Json:
         answer[name] = np.asarray(meta.get(name) or (), np.float32)
     if any(len(answer[name]) != count for name in ("token_ids", *names)):
         raise RuntimeError("the sampler did not record this answer")
-    reason = meta.get("finish_reason")
-    answer["finish_reason"] = reason.get("type") if isinstance(reason, dict) else reason
-    answer["weight_version"] = meta.get("weight_version")
-    answer["weight_versions"] = meta.get("weight_versions")
-    answer["cached_tokens"] = meta.get("cached_tokens") or 0
-    answer[ANNEALING], answer[SAMPLING] = meta.get(ANNEALING), meta.get(SAMPLING)
-    return answer
+    return {**answer, **said_of(meta), "cached_tokens": meta.get("cached_tokens") or 0}
 
 
 def _typed(error: Exception) -> Json:
@@ -266,6 +260,10 @@ class Job:
         for task in self.tasks:
             task.cancel()
 
+    def about(self) -> Json:
+        """Which job this is, and as what."""
+        return {"id": self.id, "created": self.created, "model": self.model}
+
     def usage(self) -> Json:
         answers = [a for group in self.groups for a in group.answers if a["error"] is None]
         prompt = sum(len(group.prompt_token_ids) for group in self.groups)
@@ -324,8 +322,3 @@ async def until_gone(request: Request) -> None:
     """Return when the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def about(job: Job) -> Mapping[str, Any]:
-    """What is said of a whole job."""
-    return {"id": job.id, "created": job.created, "model": job.model}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from ead_sampler.defaults import default_annealing, set_default_annealing, share
 from ead_sampler.kinds import PRESETS
 from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
 from ead_server import metrics, packing, preview, settings
+from ead_server.admission import LimitExceeded, check_range
 from ead_server.errors import openai_error
 from ead_server.guard import tell_refused
 from ead_server.rollouts import Engine, Job, KeptJobs, KeyReused, RolloutRequest, plan, until_gone
@@ -41,7 +41,7 @@ class _OpenAIErrorsRoute(APIRoute):
                 return _refused(_first(error.errors(include_url=False), skip=0))
             except orjson.JSONDecodeError as error:
                 return _refused((f"the request body is not valid JSON: {error}", None))
-            except AnnealingError as error:
+            except (AnnealingError, LimitExceeded) as error:
                 tell_refused("schedule" if error.field.startswith("annealing") else "invalid")
                 return _refused((str(error), error.field))
             except KeyReused as error:
@@ -68,14 +68,17 @@ router = APIRouter(route_class=_OpenAIErrorsRoute, tags=["annealing"])
 # --- the schedule and the step of requests that name none ----------------------------------------
 
 
+Step = Annotated[
+    int | None, Field(ge=0, le=MAX_STEP, description="null: count the weight updates again")
+]
+
+
 class StepSetting(BaseModel):
     """The training step to use from now on."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    step: int | None = Field(
-        ..., ge=0, le=MAX_STEP, description="null: count the weight updates again"
-    )
+    step: Step
 
 
 class StepState(BaseModel):
@@ -99,9 +102,7 @@ class DefaultsSetting(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     annealing: Json | None = Field(None, description="a schedule; null: none")
-    step: int | None = Field(
-        None, ge=0, le=MAX_STEP, description="null: count the weight updates again"
-    )
+    step: Step = None
 
 
 @router.get("/v1/annealing")
@@ -284,18 +285,14 @@ def _idempotency_key(request: Request) -> str | None:
 
 def _check_size(parsed: RolloutRequest) -> None:
     limits = settings.current() or settings.Settings.model_validate({})
-    for name, n in (("n", parsed.n), *((f"prompts.{i}.n", p.n) for i, p in _own_n(parsed))):
-        if n > limits.max_n:
-            raise AnnealingError(name, f"must be an integer in [1, {limits.max_n}], got {n}")
+    check_range("n", parsed.n, 1, limits.max_n)
+    for index, prompt in enumerate(parsed.prompts):
+        check_range(f"prompts.{index}.n", prompt.n, 1, limits.max_n)
     answers = sum(prompt.n or parsed.n for prompt in parsed.prompts)
     if answers > limits.max_answers:
-        raise AnnealingError(
+        raise LimitExceeded(
             "prompts", f"must ask for at most {limits.max_answers} answers in all, got {answers}"
         )
-
-
-def _own_n(parsed: RolloutRequest) -> Any:
-    return ((i, p) for i, p in enumerate(parsed.prompts) if p.n is not None)
 
 
 # --- health ------------------------------------------------------------------------------------
@@ -345,17 +342,16 @@ def install_routes(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-_FIELDS: Json = json.loads(
-    """{
+_FIELDS: Json = {
     "annealing": {
         "anyOf": [{"type": "object"}, {"type": "null"}],
-        "description": "A temperature schedule; see /v1/annealing/schema. null: none."
+        "description": "A temperature schedule; see /v1/annealing/schema. null: none.",
     },
     "rollout": {
         "anyOf": [
             {"type": "boolean"},
-            {"type": "object", "properties": {"entropies": {"type": "boolean"}}}
+            {"type": "object", "properties": {"entropies": {"type": "boolean"}}},
         ],
-        "description": "Return the arrays of each token: true also without a schedule."
-    }}"""
-)
+        "description": "Return the arrays of each token: true also without a schedule.",
+    },
+}
