@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -235,6 +236,13 @@ def test_a_call_made_again_finds_the_work_of_the_first(
     server: ServerProcess, client: Client
 ) -> None:
     """The first one's connection is lost while it runs; nothing is generated twice."""
+
+    def tokens() -> float:
+        text = client.request("GET", "/metrics").text
+        line = re.search(r'^ead_tokens_total\{schedule="ead"\} (\S+)', text, re.MULTILINE)
+        return float(line[1]) if line else 0.0
+
+    before = tokens()
     body = {"prompts": ["def "], "n": 2, "annealing": {}}
     body["sampling_params"] = {"max_new_tokens": 300, "ignore_eos": True}
     headers = {"idempotency-key": "again"}
@@ -246,14 +254,37 @@ def test_a_call_made_again_finds_the_work_of_the_first(
     ]
     assert answers[0] == answers[1]
     assert answers[0]["usage"]["completion_tokens"] == 600
-    log = server.log.read_text(errors="replace")
-    assert log.count("300 tokens") == 0  # one line per call tells all its answers
+    assert tokens() - before == 600
     wait_until_idle(client)
 
     other = {**body, "n": 3}
     refused = httpx.post(f"{server.url}/v1/rollouts", json=other, headers=headers, timeout=60)
     assert refused.status_code == 422
     assert refused.json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_more_keys_than_are_kept_end_no_work() -> None:
+    """The oldest finished jobs go; one that still runs stays and can be found again."""
+
+    class Waits(rollouts.Group):
+        async def run(self, engine: Any) -> rollouts.Group:
+            await asyncio.Event().wait()
+            return self
+
+    async def fill() -> None:
+        kept = rollouts.KeptJobs(max_jobs=2)
+        prompt = rollouts.Prompt(text="x")
+        runs = rollouts.Job([Waits(0, prompt, 1, {})], None, "m")  # type: ignore[arg-type]
+        kept.keep("runs", b"", runs)
+        for index in range(4):
+            kept.keep(f"done-{index}", b"", rollouts.Job([], None, "m"))  # type: ignore[arg-type]
+        assert kept.find("runs", b"") is runs
+        assert not runs.done
+        found = [kept.find(f"done-{index}", b"") is not None for index in range(4)]
+        assert found == [False, False, False, True]
+        runs.cancel()
+
+    asyncio.run(fill())
 
 
 def test_the_client_retries_with_a_key_and_not_without() -> None:
@@ -421,7 +452,7 @@ def test_the_default_schedule_is_read_and_set(server: ServerProcess) -> None:
         url = f"{server.url}/v1/annealing"
         return httpx.put(url, json=body, headers=server.admin_headers, timeout=30)
 
-    prompt = {"prompts": ["x"], "sampling_params": {"max_new_tokens": 3}}
+    prompt: dict[str, Any] = {"prompts": ["x"], "sampling_params": {"max_new_tokens": 3}}
     native = {"text": "x", "sampling_params": {"max_new_tokens": 3}}
     try:
         told = put({"annealing": {"schedule": "constant", "tau": 0.5}, "step": 4}).json()
@@ -434,6 +465,15 @@ def test_the_default_schedule_is_read_and_set(server: ServerProcess) -> None:
         assert post(server, "/generate", native)["meta_info"]["annealing"]["tau"] == 0.5
         group = post(server, "/v1/rollouts", {**prompt, "annealing": None})["groups"][0]
         assert group["answers"][0]["temperatures"] == [1.0] * 3
+        for choice, taus in (  # as on the other routes: what is no choice keeps the default
+            ({"temperature": 1}, [0.5] * 3),
+            ({"temperature": 0.7}, [pytest.approx(0.7)] * 3),
+            ({"top_k": 1}, [0.0] * 3),
+        ):
+            params = {**prompt["sampling_params"], **choice, "ignore_eos": True}
+            body = {**prompt, "sampling_params": params}
+            group = post(server, "/v1/rollouts", body)["groups"][0]
+            assert group["answers"][0]["temperatures"] == taus
         refused = put({"annealing": {"schedule": "constant", "tau": 50}})
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "annealing.tau"

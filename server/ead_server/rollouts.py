@@ -17,8 +17,15 @@ import numpy as np
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ead_sampler.defaults import default_annealing, with_step
-from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, check_sampling
+from ead_sampler.defaults import with_step
+from ead_sampler.requests import (
+    ANNEALING,
+    COLUMNS,
+    ENTROPIES,
+    ROLLOUT,
+    check_sampling,
+    with_default,
+)
 from ead_sampler.schedule import AnnealingError, parse_annealing
 from ead_server.errors import openai_error
 from ead_server.recorder import said_of
@@ -101,8 +108,8 @@ def plan(request: RolloutRequest) -> list[Group]:
             raise AnnealingError("sampling_params.n", "is the request's own field `n`")
         if name not in SamplingParams.__struct_fields__:
             raise AnnealingError(f"sampling_params.{name}", "unknown key")
-    said = "annealing" in request.model_fields_set
-    raw = request.annealing if said or "temperature" in params else default_annealing()
+    said = {ANNEALING: request.annealing} if ANNEALING in request.model_fields_set else {}
+    raw = with_default({**params, **said}).get(ANNEALING)
     if raw is not None:
         check_sampling(params)
         # one step for all answers, also if another is set meanwhile
@@ -313,7 +320,8 @@ class KeptJobs:
     def _forget(self) -> None:
         now = time.monotonic()
         for key, (_, job, asked_at) in list(self._jobs.items()):
-            if len(self._jobs) > self.max_jobs or now - asked_at > self.keep_s:
+            too_many = len(self._jobs) > self.max_jobs and job.done
+            if too_many or now - asked_at > self.keep_s:
                 job.cancel()
                 del self._jobs[key]
 
