@@ -241,19 +241,33 @@ def _completed(params: dict[str, Any], manager: Any) -> dict[str, Any]:
     return {**params, "custom_params": {**custom, ANNEALING: schedule.model_dump()}}
 
 
+def honours_seeds(sampling_backend: str | None, *, deterministic: bool = False) -> bool:
+    """Whether a request's `sampling_seed` decides its tokens.
+
+    SGLang itself looks at seeds in deterministic mode only; we bring them to the one backend that
+    takes them without it.
+    """
+    return deterministic or sampling_backend == "pytorch"
+
+
 def _markers(params: dict[str, Any], manager: Any) -> dict[str, Any]:
-    """`annealing`: the schedule in full, or None; `sampling`: the cuts that were in effect."""
+    """`annealing`: the schedule in full, or None; `sampling`: the cuts that were in effect, and
+    the seed if one was given: null where this server cannot honour it."""
     schedule = (params.get("custom_params") or {}).get(ANNEALING)
     effective = {**(manager.preferred_sampling_params or {}), **params}
-    top_k = effective.get("top_k")
-    return {
-        ANNEALING: schedule,
-        SAMPLING: {
-            "top_p": _number(effective.get("top_p"), 1.0),
-            "top_k": -1 if top_k in (None, TOP_K_ALL) else top_k,
-            "min_p": _number(effective.get("min_p"), 0.0),
-        },
+    top_k, seed = effective.get("top_k"), effective.get("sampling_seed")
+    sampling = {
+        "top_p": _number(effective.get("top_p"), 1.0),
+        "top_k": -1 if top_k in (None, TOP_K_ALL) else top_k,
+        "min_p": _number(effective.get("min_p"), 0.0),
     }
+    if seed is not None:
+        args = manager.server_args
+        honoured = honours_seeds(
+            args.sampling_backend, deterministic=args.enable_deterministic_inference
+        )
+        sampling["seed"] = seed if honoured else None
+    return {ANNEALING: schedule, SAMPLING: sampling}
 
 
 def _number(value: float | None, default: float) -> float:

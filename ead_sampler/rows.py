@@ -30,6 +30,7 @@ PHASES = 2
 STATE_SIZE = 3  # clock's origin (t), phase, threshold (nats)
 State = tuple[float, float, float]
 _BRANCH = KINDS.index(Branch)
+NO_SEED = -(1 << 63)
 
 # what a row that asks for nothing has in each column
 _NOTHING = {
@@ -37,6 +38,8 @@ _NOTHING = {
     "parameters": 1,  # float64 [B, F, P]
     "scale": 1,  # float64 [B, F]
     "start": 1,  # float64 [B]: a token sampled after position p has t = p + start
+    # only where some row has a seed
+    "seed": NO_SEED,  # int64 [B]
     # only where some row has state
     "slot": -1,  # int64 [B], line of `memory`; the last one belongs to rows without state
     "first": -1,  # int64 [B], position after which `initial` holds instead of `memory`
@@ -54,6 +57,7 @@ class RowRequest:
     annealing: Annealing | None = None
     arrays: bool = True  # record what the sampler did
     entropies: bool = False  # and the entropies too
+    seed: int | None = None  # in int64; the tokens are a function of it, of position and of logits
 
     @property
     def has_state(self) -> bool:
@@ -114,6 +118,10 @@ class AnnealedRows:
             "scale": _to_device(scales, torch.float64, device),
             "start": _to_device(start, torch.float64, device),
         }
+        if any(request.seed is not None for request in requests if request):
+            seeds = [request.seed if request else None for request in requests]
+            filled = [NO_SEED if seed is None else seed for seed in seeds]
+            columns["seed"] = _to_device(filled, torch.int64, device)
         if memory is None or not any(request.has_state for request in requests if request):
             return cls(tuple(requests), columns)
         columns |= {
@@ -137,6 +145,11 @@ class AnnealedRows:
         """Whether a request wants entropies or a schedule depends on them."""
         asked = any(request.arrays and request.entropies for request in self.requests if request)
         return asked or any(phase.uses_entropy for phase in self._phases)
+
+    @cached_property
+    def seeded(self) -> bool:
+        """Whether any request has a seed."""
+        return any(request.seed is not None for request in self.requests if request)
 
     @cached_property
     def _phases(self) -> list[Annealing]:
@@ -164,6 +177,11 @@ class AnnealedRows:
         return kind, parameters.unbind(1), scale
 
     # --- one step, without host-device synchronisation ---------------------------------------
+
+    def seeds(self) -> Tensor:
+        """int64 [B], fresh ones for rows that have none. Only where some row is `seeded`."""
+        given = self.columns["seed"]
+        return torch.where(given == NO_SEED, torch.randint_like(given, 1 << 62), given)
 
     def temperatures(
         self, positions: Tensor, fixed: Tensor, entropies: Tensor | None = None

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, ROLLOUT, asked, wants_arrays
+from ead_sampler.requests import (
+    ANNEALING,
+    COLUMNS,
+    ENTROPIES,
+    ROLLOUT,
+    asked,
+    honours_seeds,
+    wants_arrays,
+)
 from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
 from ead_sampler.schedule import AnnealingError, parse_annealing
 
@@ -110,6 +118,7 @@ def _row_request(req: Any) -> RowRequest | None:
         annealing=annealing,
         arrays=wants_arrays(custom),
         entropies=isinstance(rollout, dict) and bool(rollout.get(ENTROPIES)),
+        seed=req.sampling_params.sampling_seed,
     )
 
 
@@ -172,8 +181,10 @@ def sample(
     entropies = None
     if rows.wants_entropies and model_logprobs is not None:
         entropies = entropy_of(model_logprobs)
-    fixed = info.temperatures
+    fixed, seeds = info.temperatures, info.sampling_seed
     info.temperatures = rows.temperatures(positions, fixed, entropies)
+    if rows.seeded and seeds is None and honours_seeds(_sampling_backend()):
+        info.sampling_seed = rows.seeds()
     try:
         token_ids = original(sampler, *arguments, positions, **kwargs)
         values, state = None, None
@@ -183,7 +194,7 @@ def sample(
         if rows.memory is not None:
             state = rows.remember(positions, token_ids, entropies)
     finally:
-        info.temperatures = fixed
+        info.temperatures, info.sampling_seed = fixed, seeds
 
     if values is not None or state is not None:
         from sglang.srt.managers.auxiliary_output import append_auxiliary_output
@@ -262,9 +273,14 @@ def kept_mass(
 
 def _renormalises(info: Any) -> bool:
     """Whether top_p is applied after renormalising over top_k: FlashInfer's path with min_p."""
+    return info.need_min_p_sampling and _sampling_backend() == "flashinfer"
+
+
+def _sampling_backend() -> str:
     from sglang.srt.runtime_context import get_exec
 
-    return info.need_min_p_sampling and get_exec().kernel.sampling_backend == "flashinfer"
+    backend: str = get_exec().kernel.sampling_backend
+    return backend
 
 
 # --- values to the host, and to the requests -----------------------------------------------

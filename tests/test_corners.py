@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_FLAGS, Reference
+from scipy import stats
 from test_server import (
     FAST,
     LOGPROB_TOLERANCE,
@@ -273,12 +275,37 @@ def test_logprobs_of_prompt_tokens_are_those_of_the_same_request_without_schedul
     assert outputs == pytest.approx(annealed["meta_info"]["logprobs"], abs=LOGPROB_TOLERANCE)
 
 
-def test_a_seed_is_accepted_and_leaves_the_arrays_right(
+def test_a_seed_decides_the_tokens_whoever_else_is_in_the_batch(
     server: ServerProcess, reference: Reference
 ) -> None:
-    """SGLang itself ignores a seed on a CPU; where it does not, t is part of what it seeds with."""
-    answer = generate(server, PROMPT, 20, sampling_seed=7)
-    check(PROMPT, answer, reference)
+    """SGLang looks at seeds in its deterministic mode only, which does not start on a CPU."""
+    alone = generate(server, PROMPT, 20, sampling_seed=7)
+    check(PROMPT, alone, reference)
+    assert alone["meta_info"]["sampling"]["seed"] == 7
+    asked = [{"sampling_seed": 7}, {}, {"sampling_seed": 8}, {}, {"sampling_seed": 7}, {}]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda more: generate(server, PROMPT, 20, **more), asked))
+    for answer in answers:
+        check(PROMPT, answer, reference)
+    ids = [tuple(answer["output_ids"]) for answer in answers]
+    assert ids[0] == ids[4] == tuple(alone["output_ids"])
+    assert len(set(ids)) == 5  # the rest differ: from it, and from each other
+
+
+def test_seeded_tokens_have_the_distribution_that_is_reported(server: ServerProcess) -> None:
+    """One first token for each of 600 seeds: chi-square, false alarm in a million."""
+    params = {"max_new_tokens": 1, "annealing": {"schedule": "constant", "tau": 0.5}}
+    many = [{**params, "sampling_seed": seed} for seed in range(600)]
+    answers = post(server, "/generate", {"input_ids": [PROMPT] * 600, "sampling_params": many})
+    drawn = Counter(answer["output_ids"][0] for answer in answers)
+    chance = {a["output_ids"][0]: np.exp(a["meta_info"]["logprobs"][0]) for a in answers}
+    common = [token for token, p in chance.items() if 600 * p >= 5]
+    counts = [drawn[token] for token in common]
+    expected = [600 * chance[token] for token in common]
+    rest = 600 - sum(expected)
+    assert rest >= 5
+    p_value = stats.chisquare([*counts, 600 - sum(counts)], [*expected, rest]).pvalue
+    assert p_value > 1e-6
 
 
 def test_an_embedding_request_on_a_generating_server_is_sglangs_own_matter(

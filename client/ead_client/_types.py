@@ -52,7 +52,7 @@ class Rollout(Answered):
     entropies: Floats | None = None  # of pi, nats; with rollout={"entropies": True}
     prompt_token_ids: Ints | None = None
     annealing: dict[str, Any] | None = None  # the schedule as applied, with its step
-    sampling: dict[str, float] | None = None  # top_p, top_k, min_p in effect
+    sampling: dict[str, float | None] | None = None  # top_p, top_k, min_p, seed in effect
     finish_reason: str | None = None
     weight_version: str | None = None
     weight_versions: list[dict[str, Any]] | None = None  # by range of tokens

@@ -51,8 +51,14 @@ def json_group(group: Group) -> Json:
 
 
 def _head(group: Group) -> Json:
-    """What is said of a group, the schedule and the cuts of its answers included."""
+    """What is said of a group, the schedule and the cuts of its answers included.
+
+    A seed is the first answer's; those of the others count up from it.
+    """
     sampled = next((a for a in group.answers if a["error"] is None), {})
+    if (sampled.get(SAMPLING) or {}).get("seed") is not None:
+        seed = group.params["sampling_seed"]
+        sampled = {**sampled, SAMPLING: {**sampled[SAMPLING], "seed": seed}}
     return {
         "object": "rollouts.group",
         "index": group.index,

@@ -90,7 +90,7 @@ class RolloutRequest(BaseModel):
         {},
         description="SGLang's sampling parameters (max_new_tokens, stop, top_p, ...). Nothing is "
         "truncated unless told here, whatever the model's own defaults are. sampling_seed: of the "
-        "first answer of each group; the others count up from it",
+        "request's first answer; the others count up from it, group by group",
     )
     entropies: bool = Field(False, description="also the next-token entropies, in nats")
     texts: bool = Field(
@@ -116,12 +116,15 @@ def plan(request: RolloutRequest) -> list[Group]:
         raw = parse_annealing(with_step(raw)).model_dump()
     rollout = {ENTROPIES: True} if request.entropies else True
     params = {**UNTRUNCATED, **params}
-    groups = []
+    groups: list[Group] = []
+    seed = params.get("sampling_seed")
     for index, prompt in enumerate(request.prompts):
         own = raw
         if raw is not None and "position_offset" not in (request.annealing or {}):
             own = {**raw, "position_offset": len(prompt.prefix_token_ids)}
         fields = {**params, ANNEALING: own, ROLLOUT: rollout}
+        if seed is not None:
+            fields["sampling_seed"] = seed + sum(group.n for group in groups)
         groups.append(Group(index, prompt, prompt.n or request.n, fields, texts=request.texts))
     return groups
 
