@@ -1,21 +1,17 @@
 """From annealed rollouts to on-device GRPO updates, and the new weights back to the server."""
 
-from trainer_bridge.batch import RolloutBatch
-from trainer_bridge.grpo import GrpoConfig, GrpoTrainer, StepReport
-from trainer_bridge.losses import GrpoLoss, LossMetrics, group_advantages, grpo_loss
-from trainer_bridge.policy import load_policy, token_logprobs
-from trainer_bridge.weights import WeightPublisher
+from trainer_bridge.advantages import AdvantageConfig, advantages
+from trainer_bridge.batch import RolloutBatch, Sample
+from trainer_bridge.corrections import CorrectionConfig, correction_weights
+from trainer_bridge.losses import LossConfig, policy_loss
 
 __all__ = [
-    "GrpoConfig",
-    "GrpoLoss",
-    "GrpoTrainer",
-    "LossMetrics",
+    "AdvantageConfig",
+    "CorrectionConfig",
+    "LossConfig",
     "RolloutBatch",
-    "StepReport",
-    "WeightPublisher",
-    "group_advantages",
-    "grpo_loss",
-    "load_policy",
-    "token_logprobs",
+    "Sample",
+    "advantages",
+    "correction_weights",
+    "policy_loss",
 ]

@@ -1,60 +1,241 @@
-"""The policy being trained: loading it, and the log-probabilities of sampled tokens under it."""
+"""The policy being trained: a Hugging Face causal LM, whole or through LoRA adapters.
+
+One module from a packed batch to the log-probabilities of its trained tokens, so that FSDP sees one
+root and the full logits never exist.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from pydantic import Field
+from torch import Tensor, nn
 
 from ead_sampler import device as engine
+from trainer_bridge import ranks
 from trainer_bridge.batch import RolloutBatch
+from trainer_bridge.logprobs import TokenLogprobs, linear_logprobs
+from trainer_bridge.settings import Settings
 
-TOKENS_PER_CHUNK = 1024  # rows of [tokens, vocabulary] logits that exist at once
+
+class UnsupportedModel(ValueError):
+    """A model whose log-probabilities this trainer cannot compute packed; the message says how it
+    was found out."""
 
 
-def load_policy(path: str | Path, device: torch.device | str | None = None) -> tuple[Any, Any]:
-    """A Hugging Face causal LM in float32, and its tokenizer. device: default GPU if any.
+class LoraConfig(Settings):
+    """Low-rank adapters (arXiv 2106.09685) in place of training every weight."""
 
-    float32 holds the small updates that bfloat16 would round away; the server may serve bfloat16.
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    targets: str | list[str] = Field("all-linear", description="modules, as peft names them")
+
+
+class ModelConfig(Settings):
+    """Which policy is trained, and how it is computed."""
+
+    path: str = Field("smollm2", description="folder or hub name; smollm2 is embedded")
+    lora: LoraConfig | None = Field(None, description="none: every weight is trained")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the forward pass; the trained weights themselves are float32, which holds "
+        "the small steps that bfloat16 would round away",
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more compute")
+    attention: str = Field("sdpa", description="transformers' attn_implementation")
+
+
+class Policy(nn.Module):
+    """log pi, log pi at tau_t and entropy of a batch's trained tokens; see `forward`."""
+
+    def __init__(self, model: Any, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype
+        config = model.config.get_text_config()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them
+        self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        device: torch.device = next(self.parameters()).device
+        return device
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether only LoRA adapters are trained."""
+        return hasattr(self.model, "peft_config")
+
+    def forward(self, batch: RolloutBatch, *, tempered: bool = False) -> TokenLogprobs:
+        """Each float32 [N], with gradients; `tempered` at the batch's temperatures if asked for.
+
+        position_ids that begin again tell transformers that the samples do not see each other.
+        """
+        base = self._base
+        with torch.autocast(
+            batch.input_ids.device.type,
+            torch.bfloat16,
+            enabled=self.compute_dtype == torch.bfloat16,
+        ):
+            hidden = base.get_decoder()(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+            ).last_hidden_state[0]
+        head = base.get_output_embeddings()
+        # the hidden state at position p predicts the token at p + 1
+        return linear_logprobs(
+            hidden[batch.targets - 1].to(self.compute_dtype),
+            head.weight.to(self.compute_dtype),
+            batch.input_ids[batch.targets],
+            temperatures=batch.temperatures if tempered else None,
+            bias=head.bias,
+            softcap=self._softcap,
+            scale=self._scale,
+        )
+
+    @property
+    def _base(self) -> Any:
+        """The causal LM itself."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    def shard(self) -> None:
+        """Divide the weights among the ranks of `torchrun`; nothing with one process."""
+        ranks.shard(self, self._base.get_decoder().layers)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """A folder that transformers and SGLang load. Every rank must call it."""
+        weights = {name: weight.cpu().contiguous() for name, weight in self.named_weights()}
+        if ranks.rank() == 0:
+            self._base.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+
+    def without_adapters(self) -> Any:
+        """A context in which the policy is the model that its adapters were put on."""
+        return self.model.disable_adapter() if self.has_adapters else nullcontext()
+
+    @torch.no_grad()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's weights by their Hugging Face names, adapters merged in, a tied one once.
+
+        Sharded weights are gathered one by one: every rank must walk through all of them.
+        """
+        if not self.has_adapters:
+            for name, weight in _once(self.model.state_dict().items()):
+                yield name, _whole(weight)
+            return
+        base = self._base
+        adapted = {
+            name: module for name, module in base.named_modules() if hasattr(module, "base_layer")
+        }
+        for name, weight in _once(base.state_dict().items()):
+            if ".lora_" in name:
+                continue
+            module = adapted.get(name.removesuffix(".base_layer.weight"))
+            weight = _whole(weight)
+            if module is not None and name.endswith(".weight"):
+                weight = weight + _whole(module.get_delta_weight("default")).to(weight.dtype)
+            yield name.replace(".base_layer.", "."), weight
+
+
+def _once(items: Any) -> Iterator[tuple[str, Tensor]]:
+    """Without further names of a weight already seen."""
+    seen: set[int] = set()
+    for name, weight in items:
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        if local.numel() and local.data_ptr() in seen:
+            continue
+        seen.add(local.data_ptr())
+        yield name, weight
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A sharded weight, gathered from all ranks; else itself."""
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole.detach()
+
+
+def load_policy(
+    config: ModelConfig, device: torch.device | str | None = None
+) -> tuple[Policy, Any]:
+    """The policy with float32 weights, and its tokenizer. device: default GPU if any.
+
+    Raises UnsupportedModel when the policy's packed log-probabilities are not the model's own.
     """
     engine.choose()  # beside a CPU build of torch, transformers needs our torchvision schemas
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.to(device), AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.path, dtype=torch.float32, attn_implementation=config.attention
+    ).to(device)
+    _check(Policy(model))
+    if config.lora is not None:
+        model = _with_adapters(model, config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.lora is not None:
+            model.enable_input_require_grads()
+    policy = Policy(model, getattr(torch, config.compute_dtype))
+    return policy.train(), AutoTokenizer.from_pretrained(config.path)
 
 
-def token_logprobs(model: Any, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    """log pi of every generated token at temperature 1, and the entropy of pi there (nats).
+def _with_adapters(model: Any, config: LoraConfig) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UnsupportedModel("model.lora needs: pip install peft") from None
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=config.targets,
+            task_type="CAUSAL_LM",
+        ),
+    )
 
-    Both float32 [N]; the log-probabilities carry gradients, the entropies do not. The logits of
-    all tokens never exist at once: the LM head runs in chunks, recomputed in the backward pass.
+
+@torch.no_grad()
+def _check(policy: Policy) -> None:
+    """Two short samples packed give what the model itself gives for each alone.
+
+    Catches models that do not keep packed samples apart (recurrent ones), and logits that are more
+    than a linear head with the corrections that we know.
     """
-    hidden = model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    # the hidden state at position p predicts the token at p + 1
-    hidden = hidden[:, :-1][batch.generated[:, 1:]]
-    targets = batch.input_ids[:, 1:][batch.generated[:, 1:]]
-    head = model.get_output_embeddings()
-    chunks = [
-        checkpoint(_head_logprobs, head, rows, ids, use_reentrant=False)
-        for rows, ids in zip(
-            hidden.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True
+    policy.eval()
+    ids = [torch.arange(1, 9) * 7, torch.arange(1, 6) * 11]
+    lengths = tuple(len(part) for part in ids)
+    starts = (0, lengths[0])
+    zeros = torch.zeros(sum(lengths) - 2)
+    batch = RolloutBatch(
+        input_ids=torch.cat(ids).to(policy.device),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).to(policy.device),
+        targets=torch.cat(
+            [start + torch.arange(1, n) for start, n in zip(starts, lengths, strict=True)]
+        ).to(policy.device),
+        sequence_ids=zeros,
+        temperatures=zeros,
+        behaviour_logprobs=zeros,
+        model_logprobs=zeros,
+        lengths=lengths,
+        trained_lengths=tuple(length - 1 for length in lengths),
+    )
+    want = []
+    for part in ids:
+        part = part.to(policy.device)
+        logits = policy.model(part[None]).logits[0, :-1].float()
+        want.append(logits.log_softmax(-1).gather(1, part[1:, None]).squeeze(1))
+    error = (policy(batch).logprobs - torch.cat(want)).abs().max().item()
+    if not error < 1e-2:
+        kind = type(policy.model).__name__
+        raise UnsupportedModel(
+            f"{kind}: packed log-probabilities differ from the model's own by {error:.2g} nats"
         )
-    ]
-    logprobs, entropies = (torch.cat(column) for column in zip(*chunks, strict=True))
-    return logprobs, entropies
-
-
-def _head_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    log_softmax = logits.log_softmax(dim=-1)
-    with torch.no_grad():
-        entropies = torch.special.entr(log_softmax.exp()).sum(dim=-1)
-    return log_softmax.gather(1, targets.view(-1, 1)).squeeze(1), entropies

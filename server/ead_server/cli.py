@@ -132,6 +132,45 @@ def demo(
 
 
 @app.command()
+def train(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(help="A TOML file, and settings such as optimizer.learning_rate=1e-5."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="For everything that the run leaves.")] = Path(
+        "runs/train"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
+    ] = False,
+) -> None:
+    """Train a policy by GRPO on annealed rollouts. Starts a server if `server.url` names none.
+
+    Several GPUs: torchrun --nproc-per-node 8 -m ead_server.cli train config.toml
+
+    Example: ead train examples/letters.toml steps=20 --folder runs/letters
+    """
+    from ead_server import training
+
+    with _said_plainly():
+        training.run(config or [], folder, resume=resume)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Of a run.")] = Path("runs/train"),
+) -> None:
+    """Draw a run's curves again and say where they are.
+
+    Example: ead plot runs/letters
+    """
+    from trainer_bridge.report import draw_curves
+
+    with _said_plainly():
+        print(draw_curves(folder))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
