@@ -159,7 +159,7 @@ def test_uncapped_sequence_weights_make_any_loss_that_of_pi_old(world: World) ->
     with torch.no_grad():
         pi_old = world.answers()
         mu, log_mu = world.answers(tempered=True), world.packed(tempered=True)
-        world.logits += 0.3 * torch.randn_like(world.logits)
+        world.logits += 0.5 * World(seed=1).logits
     loss, clipped = policy_loss(world.packed(), old, world.returns[IDS] - 0.5, IDS, LossConfig())
     assert clipped.any()
     weights = correction_weights(old, log_mu, IDS, CorrectionConfig(kind="sequence", cap=0))
