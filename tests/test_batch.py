@@ -29,7 +29,8 @@ def test_a_batch_keeps_every_token_and_number_in_place() -> None:
     batch = RolloutBatch.build([Sample.of(first), Sample.of(second)])
     assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 3, 4, 5, 6, 7]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    assert batch.input_ids[batch.targets].tolist() == [8, 9, 4, 5, 6, 7]
+    assert batch.targets.tolist() == [8, 9, 4, 5, 6, 7]
+    assert batch.input_ids[batch.predictors].tolist() == [7, 8, 3, 4, 5, 6]
     assert batch.sequence_ids.tolist() == [0, 0, 1, 1, 1, 1]
     assert batch.temperatures.tolist() == pytest.approx([0.5, 0.6, 1.1, 1.2, 1.3, 1.4])
     assert batch.behaviour_logprobs.tolist() == [-1, -2, 1, 1, 1, 1]
@@ -41,7 +42,8 @@ def test_what_lies_between_the_turns_of_a_conversation_is_not_trained_on() -> No
     second = rollout([1, 2, 3, 4, 50, 51], [6], logprobs=[-6])  # 50, 51: a tool's answer
     batch = RolloutBatch.build([Sample.of(first, second)])
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 50, 51, 6]
-    assert batch.targets.tolist() == [2, 3, 6]
+    assert batch.targets.tolist() == [3, 4, 6]
+    assert batch.predictors.tolist() == [1, 2, 5]
     assert batch.behaviour_logprobs.tolist() == [-3, -4, -6]
     assert batch.sequence_ids.tolist() == [0, 0, 0]
 
@@ -57,29 +59,52 @@ def test_turns_that_do_not_follow_each_other_are_refused() -> None:
         RolloutBatch.build([])
 
 
-lengths = st.tuples(st.integers(1, 6), st.integers(1, 9))
+def test_a_group_has_its_prompt_once_and_answers_see_it_and_themselves() -> None:
+    group = [rollout([5, 6], [7, 8]), rollout([5, 6], [9]), rollout([5, 6], [10, 11])]
+    other = rollout([5, 9], [12])
+    batch = RolloutBatch.build([Sample.of(r) for r in [*group, other]], share_prompts=True)
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 5, 9, 12]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 2, 3, 0, 1, 2]
+    assert batch.targets.tolist() == [7, 8, 9, 10, 11, 12]
+    assert batch.predictors.tolist() == [1, 2, 1, 1, 5, 8]
+    assert batch.attends is not None
+    seen = [row.nonzero().flatten().tolist() for row in batch.attends]
+    assert seen == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 1, 4],
+        [0, 1, 5],
+        [0, 1, 5, 6],
+        [7],
+        [7, 8],
+        [7, 8, 9],
+    ]
 
 
-@given(st.lists(lengths, min_size=1, max_size=9), st.integers(1, 30))
+lengths = st.tuples(st.integers(1, 6), st.integers(1, 9), st.booleans())
+
+
+@given(st.lists(lengths, min_size=1, max_size=9), st.integers(1, 30), st.booleans())
 def test_parts_cover_a_batch_in_order_within_their_size(
-    shapes: list[tuple[int, int]], max_tokens: int
+    shapes: list[tuple[int, int, bool]], max_tokens: int, share: bool
 ) -> None:
     number = iter(range(1000))
-    samples = [
-        Sample.of(rollout([next(number) for _ in range(p)], [next(number) for _ in range(t)]))
-        for p, t in shapes
-    ]
-    batch = RolloutBatch.build(samples)
+    prompt = [next(number)]
+    samples = []
+    for prompt_length, length, same in shapes:
+        prompt = prompt if same else [next(number) for _ in range(prompt_length)]
+        samples.append(Sample.of(rollout(prompt, [next(number) for _ in range(length)])))
+    batch = RolloutBatch.build(samples, share_prompts=share)
     parts = list(batch.parts(max_tokens))
     assert [start for start, _ in parts] == [0, *[stop for _, stop in parts[:-1]]]
     assert parts[-1][1] == len(batch)
-    for start, stop in parts:
-        assert stop - start == 1 or sum(batch.lengths[start:stop]) <= max_tokens
     rows = [batch.rows(*part) for part in parts]
-    assert torch.equal(torch.cat([row.input_ids for row in rows]), batch.input_ids)
-    targets = torch.cat([row.input_ids[row.targets] for row in rows])
-    assert torch.equal(targets, batch.input_ids[batch.targets])
-    whole = torch.cat(
-        [row.sequence_ids + start for row, (start, _) in zip(rows, parts, strict=True)]
-    )
-    assert torch.equal(whole, batch.sequence_ids)
+    for (start, stop), row in zip(parts, rows, strict=True):
+        assert stop - start == 1 or len(row.input_ids) <= max_tokens
+        own = batch.trained(start, stop)
+        assert torch.equal(row.targets, batch.targets[own])
+        assert torch.equal(row.sequence_ids + start, batch.sequence_ids[own])
+        before = batch.input_ids[batch.predictors[own]]
+        assert torch.equal(row.input_ids[row.predictors], before)

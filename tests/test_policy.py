@@ -18,15 +18,16 @@ from trainer_bridge.policy import (
     load_policy,
 )
 
-PROMPTS = [[5, 6, 7], [300], [8, 9]]
-ANSWERS = [[10, 11], [12, 13, 14, 15], [400]]
+PROMPTS = [[5, 6, 7], [5, 6, 7], [300], [8, 9], [8, 9]]
+ANSWERS = [[10, 11], [20], [12, 13, 14, 15], [400], [401, 402]]
 
 
-def batch() -> RolloutBatch:
+def batch(share_prompts: bool = True) -> RolloutBatch:
     pairs = zip(PROMPTS, ANSWERS, strict=True)
-    taus = iter([0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.3])
+    taus = iter([0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.3, 1.4, 1.5, 0.4])
     return RolloutBatch.build(
-        [Sample.of(rollout(p, a, temperatures=[next(taus) for _ in a])) for p, a in pairs]
+        [Sample.of(rollout(p, a, temperatures=[next(taus) for _ in a])) for p, a in pairs],
+        share_prompts=share_prompts,
     )
 
 
@@ -45,12 +46,13 @@ def one_by_one(model: Any, temperatures: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("share_prompts", [False, True])
 def test_packed_values_and_gradients_are_those_of_each_sample_alone(
-    tiny_model: Path, checkpointing: bool
+    tiny_model: Path, checkpointing: bool, share_prompts: bool
 ) -> None:
     config = ModelConfig(path=str(tiny_model), gradient_checkpointing=checkpointing)
     policy, _ = load_policy(config, "cpu")
-    packed = batch()
+    packed = batch(share_prompts)
     got = policy(packed, tempered=True)
     sum(column.square().sum() for column in got).backward()
     gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters()}

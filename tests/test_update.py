@@ -61,10 +61,10 @@ def answers(policy: Policy, seed: int = 0) -> ScoredAnswers:
     return ScoredAnswers(samples, rewards, group_ids)
 
 
-def trainer(policy: Policy, **settings: Any) -> Trainer:
-    """One whose optimizer is plain gradient descent of rate 1, so that a step is the gradient."""
+def trainer(policy: Policy, *, rate: float = 1.0, **settings: Any) -> Trainer:
+    """One whose optimizer is plain gradient descent: with rate 1, a step is the gradient."""
     defaults: dict[str, Any] = {
-        "optimizer": OptimizerConfig(max_grad_norm=1e9, learning_rate=1.0),
+        "optimizer": OptimizerConfig(max_grad_norm=1e9, learning_rate=rate),
         "update": UpdateConfig(),
         "advantage": AdvantageConfig(),
         "loss": LossConfig(),
@@ -72,7 +72,7 @@ def trainer(policy: Policy, **settings: Any) -> Trainer:
     }
     made = Trainer(policy, **{**defaults, **settings}, max_new_tokens=16)
     weights = [p for p in policy.parameters() if p.requires_grad]
-    made.optimizer = torch.optim.SGD(weights, lr=1.0)  # type: ignore[assignment]
+    made.optimizer = torch.optim.SGD(weights, lr=rate)  # type: ignore[assignment]
     return made
 
 
@@ -161,10 +161,8 @@ def test_minibatches_are_steps_against_the_policy_before_the_first(
     written out with policy_loss's own clipping off, it is r A w."""
     policy = fresh()
     scored = answers(policy)
-    optimizer = OptimizerConfig(max_grad_norm=1e9, learning_rate=0.05)
     free = LossConfig(clip_low=1.0, clip_high=1e9, dual_clip=0)
-    made = trainer(policy, loss=free, update=UpdateConfig(minibatches=GROUPS), optimizer=optimizer)
-    made.optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)  # type: ignore[assignment]
+    made = trainer(policy, rate=0.05, loss=free, update=UpdateConfig(minibatches=GROUPS))
     got = moved(policy, lambda: made.update(scored))
     assert made.updates == GROUPS
 
@@ -197,8 +195,8 @@ def test_server_and_trainer_agree_on_pi_old_to_rounding(fresh: Callable[[], Poli
     results = []
     for source in ("server", "recompute"):
         policy = fresh()
-        made = trainer(policy, update=UpdateConfig(minibatches=2, old_logprobs=source))
-        made.optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)  # type: ignore[assignment]
+        update = UpdateConfig(minibatches=2, old_logprobs=source)
+        made = trainer(policy, rate=0.05, update=update)
         scored = answers(policy)
         results.append(moved(policy, lambda: made.update(scored)))  # noqa: B023
     assert_same(*results)
@@ -219,12 +217,9 @@ def test_kl_to_a_reference_pulls_towards_it(fresh: Callable[[], Policy], place: 
     loss = LossConfig(
         kl_coefficient=1.0, kl_in=place, kl_estimator="k1" if place == "reward" else "k2"
     )
-    made = trainer(policy, loss=loss, advantage=AdvantageConfig(kind="dr_grpo"))
+    made = trainer(policy, rate=1e-4, loss=loss, advantage=AdvantageConfig(kind="dr_grpo"))
     made.reference = reference
-    made.optimizer = torch.optim.SGD(policy.parameters(), lr=1e-5)  # type: ignore[assignment]
-    from trainer_bridge.batch import RolloutBatch
-
-    batch = RolloutBatch.build(scored.samples)
+    batch = policy.batch(scored.samples)
 
     def distance() -> float:
         with torch.no_grad():

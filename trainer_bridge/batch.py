@@ -6,8 +6,10 @@ ones that the policy chose, in the same order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,50 +63,89 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @cached_property
+    def prompt_length(self) -> int:
+        """Tokens before the first trained one."""
+        return int(self.trained.argmax())
+
+    @cached_property
+    def num_trained(self) -> int:
+        return int(self.trained.sum())
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Samples end to end, each a sequence of its own to the policy."""
+    """Samples end to end, each a sequence of its own to the policy.
 
+    With shared prompts, neighbours that begin with the same prompt (a GRPO group) have it once: L
+    is then the prompt and all its answers, each of which sees the prompt and itself.
+    """
+
+    samples: tuple[Sample, ...]  # A of them
     input_ids: Tensor  # int64 [L]
-    position_ids: Tensor  # int64 [L], from 0 in every sample
-    targets: Tensor  # int64 [N], indices into L of the trained tokens
+    position_ids: Tensor  # int64 [L], of each token in its sample
+    attends: Tensor | None  # bool [L, L], which tokens (column) each sees; None: no shared prompts
+    targets: Tensor  # int64 [N], the trained tokens
+    predictors: Tensor  # int64 [N], index into L of the token before each of them
     sequence_ids: Tensor  # int64 [N], sample of each trained token
     temperatures: Tensor  # float32 [N]
     behaviour_logprobs: Tensor  # float32 [N], log mu
     model_logprobs: Tensor  # float32 [N], the server's log pi at temperature 1
-    lengths: tuple[int, ...]  # tokens of each sample, A of them
-    trained_lengths: tuple[int, ...]  # trained tokens of each sample
 
     @classmethod
-    def build(cls, samples: Sequence[Sample], device: torch.device | str = "cpu") -> RolloutBatch:
+    def build(
+        cls,
+        samples: Sequence[Sample],
+        device: torch.device | str = "cpu",
+        *,
+        share_prompts: bool = False,
+    ) -> RolloutBatch:
         """One copy to the device per array. Raises ValueError without samples."""
         if not samples:
             raise ValueError("a batch needs at least one sample")
-        lengths = [len(sample) for sample in samples]
-        trained_lengths = [int(sample.trained.sum()) for sample in samples]
-
-        def packed(name: str) -> NDArray[np.generic]:
-            return np.concatenate([getattr(sample, name) for sample in samples])
-
+        shared = _shared_lengths(samples) if share_prompts else [0] * len(samples)
+        ids, positions, predictors, prompt_of, sample_of = [], [], [], [], []
+        prompt_start = length = 0
+        for number, (sample, prompt_length) in enumerate(zip(samples, shared, strict=True)):
+            if prompt_length == 0:  # brings its own prompt
+                prompt_start, first = length, 0
+            else:
+                first = prompt_length
+            own = len(sample) - first
+            at = np.arange(first, len(sample))
+            ids.append(sample.token_ids[first:])
+            positions.append(at)
+            before = np.flatnonzero(sample.trained) - 1
+            shift = np.where(before < first, prompt_start, length - first)
+            predictors.append(before + shift)
+            prompt_of.append(np.full(own, prompt_start))
+            # a prompt that others share is nobody's own
+            own_prompt = sample.prompt_length if first == 0 else 0
+            sample_of.append(np.where(at < own_prompt, -1, number))
+            length += own
         arrays = {
-            "input_ids": packed("token_ids"),
-            "position_ids": np.concatenate([np.arange(length) for length in lengths]),
-            "targets": np.flatnonzero(packed("trained")),
-            "sequence_ids": np.repeat(np.arange(len(samples)), trained_lengths),
+            "input_ids": np.concatenate(ids),
+            "position_ids": np.concatenate(positions),
+            "targets": np.concatenate([sample.token_ids[sample.trained] for sample in samples]),
+            "predictors": np.concatenate(predictors),
+            "sequence_ids": np.repeat(
+                np.arange(len(samples)), [sample.num_trained for sample in samples]
+            ),
             **{
-                name: packed(name)
+                name: np.concatenate([getattr(sample, name) for sample in samples])
                 for name in ("temperatures", "behaviour_logprobs", "model_logprobs")
             },
         }
-        return cls(
-            **{name: _to_device(array, device) for name, array in arrays.items()},
-            lengths=tuple(lengths),
-            trained_lengths=tuple(trained_lengths),
-        )
+        tensors = {name: _to_device(array, device) for name, array in arrays.items()}
+        attends = None
+        if share_prompts:
+            attends = _attends(
+                *(_to_device(np.concatenate(x), device) for x in (prompt_of, sample_of))
+            )
+        return cls(samples=tuple(samples), attends=attends, **tensors)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.samples)
 
     @property
     def num_tokens(self) -> int:
@@ -112,35 +153,51 @@ class RolloutBatch:
         return len(self.targets)
 
     def rows(self, start: int, stop: int) -> RolloutBatch:
-        """Samples start..stop, as views; sequence_ids count from 0."""
-        tokens = slice(sum(self.lengths[:start]), sum(self.lengths[:stop]))
-        trained = self.trained(start, stop)
-        return RolloutBatch(
-            input_ids=self.input_ids[tokens],
-            position_ids=self.position_ids[tokens],
-            targets=self.targets[trained] - tokens.start,
-            sequence_ids=self.sequence_ids[trained] - start,
-            temperatures=self.temperatures[trained],
-            behaviour_logprobs=self.behaviour_logprobs[trained],
-            model_logprobs=self.model_logprobs[trained],
-            lengths=self.lengths[start:stop],
-            trained_lengths=self.trained_lengths[start:stop],
+        """The batch of samples start..stop alone."""
+        return RolloutBatch.build(
+            self.samples[start:stop],
+            self.input_ids.device,
+            share_prompts=self.attends is not None,
         )
 
     def trained(self, start: int, stop: int) -> slice:
         """Where the trained tokens of samples start..stop lie in N."""
-        return slice(sum(self.trained_lengths[:start]), sum(self.trained_lengths[:stop]))
+        counts = [sample.num_trained for sample in self.samples[:stop]]
+        return slice(sum(counts[:start]), sum(counts))
 
     def parts(self, max_tokens: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of successive runs of samples of at most `max_tokens` tokens in all; a
         longer sample stands alone."""
+        shared = _shared_lengths(self.samples) if self.attends is not None else [0] * len(self)
         start = used = 0
-        for index, length in enumerate(self.lengths):
-            if index > start and used + length > max_tokens:
+        for index, sample in enumerate(self.samples):
+            added = len(sample) - shared[index]
+            if index > start and used + added > max_tokens:
                 yield start, index
-                start, used = index, 0
-            used += length
+                start, used, added = index, 0, len(sample)
+            used += added
         yield start, len(self)
+
+
+def _shared_lengths(samples: Sequence[Sample]) -> list[int]:
+    """Tokens of each sample's prompt that the sample before it has too: all of them or none."""
+    lengths = [0]
+    for before, sample in itertools.pairwise(samples):
+        prompt = sample.token_ids[: sample.prompt_length]
+        same = np.array_equal(before.token_ids[: before.prompt_length], prompt)
+        lengths.append(sample.prompt_length if same else 0)
+    return lengths
+
+
+def _attends(prompt_of: Tensor, sample_of: Tensor) -> Tensor:
+    """Each token sees the prompt and the tokens before it of its own sample: bool [L, L].
+
+    prompt_of: int [L], the same for all tokens of a prompt and its answers. sample_of: int [L],
+    -1 for the prompt.
+    """
+    same_prompt = prompt_of[:, None] == prompt_of
+    visible = (sample_of == -1) | (sample_of[:, None] == sample_of)
+    return (same_prompt & visible).tril()
 
 
 def _to_device(array: NDArray[np.generic], device: torch.device | str) -> Tensor:

@@ -36,8 +36,8 @@ class RolloutConfig(Settings):
     prompts_per_step: int = Field(8, ge=1)
     samples_per_prompt: int = Field(8, ge=2, description="answers in a group")
     max_new_tokens: int = Field(256, ge=1)
-    annealing: dict[str, Any] | None = Field(
-        {}, description="the schedule, its step filled in; none: temperature 1 throughout"
+    annealing: dict[str, Any] = Field(
+        {}, description='the schedule, its step filled in; {"schedule": "constant"}: temperature 1'
     )
     sampling: dict[str, Any] = Field({}, description="further sampling parameters of SGLang")
     staleness: int = Field(
@@ -189,7 +189,7 @@ class Collector:
         groups = self.client.stream_rollouts(
             prompts,
             n=self.config.samples_per_prompt,
-            annealing=self._schedule(step),
+            annealing={**self.config.annealing, "step": step},
             max_new_tokens=self.config.max_new_tokens,
             **fields,
         )
@@ -208,10 +208,6 @@ class Collector:
                 else:
                     group_scored.append((answer, reward))
         return result
-
-    def _schedule(self, step: int) -> dict[str, Any] | None:
-        annealing = self.config.annealing
-        return None if annealing is None else {**annealing, "step": step}
 
     def _good(self, group: Group, step: int, counts: Counter[str]) -> list[Answer]:
         """A group's answers without those that failed; aborted ones are continued first."""
@@ -246,7 +242,7 @@ class Collector:
             asked = {"token_ids": prompt.tolist(), "prefix_token_ids": generated.tolist()}
             groups = self.client.rollouts(
                 [asked],
-                annealing=self._schedule(step),
+                annealing={**self.config.annealing, "step": step},
                 max_new_tokens=left,
                 **self.config.sampling,
             ).groups

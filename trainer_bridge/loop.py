@@ -10,6 +10,7 @@ weights that this run published.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -210,6 +211,7 @@ class Leader:
         self._weights, self._version = weights, version
         with self.phase("publish"):
             self._mended(self._publish)
+        self._ask_ahead()
 
     def _publish(self) -> None:
         assert self._weights is not None
@@ -248,25 +250,25 @@ class Leader:
         deadline = time.monotonic() + self.config.server.patience_s
         while True:
             try:
-                result = action()
-                self._ask_ahead()
-                return result
+                return action()
             except _MENDABLE as error:
                 if time.monotonic() > deadline:
                     raise
                 self.display.say(f"{type(error).__name__}: {error}; waiting for the server")
-                self._forget_pending()
                 self.server.wait_until_ready()
                 if action != self._publish:
                     self._publish()
+                    self._forget_failed()
 
-    def _forget_pending(self) -> None:
-        """They fail too, or were sampled from what the server had before."""
-        for future in self._pending:
-            future.cancel()
+    def _forget_failed(self) -> None:
+        """Ask again from the first step on whose answers did not come. (Those that go on do so
+        now that the server has weights again.)"""
         wait(self._pending)
-        self._pending.clear()
+        kept = list(itertools.takewhile(lambda f: f.exception() is None, self._pending))
+        self._pending = deque(kept)
         self._asked = self._begun
+        if kept:
+            self._asked = Progress(self._begun.step + len(kept), kept[-1].result().position)
 
     # --- what is told ----------------------------------------------------------------------------
 
@@ -283,7 +285,7 @@ class Leader:
         every = self.config.evaluation.every
         if every and (last or (step + 1) % every == 0):
             with self.phase("evaluate"):
-                metrics |= self._evaluate()
+                metrics |= self._mended(self._evaluate)
         metrics |= {**collected.metrics, **self._sync}
         metrics |= {f"time/{phase}": spent for phase, spent in self._seconds.items()}
         metrics["time/step"] = seconds

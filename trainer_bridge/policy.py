@@ -6,18 +6,19 @@ root and the full logits never exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ead_sampler import device as engine
 from trainer_bridge import ranks
-from trainer_bridge.batch import RolloutBatch
+from trainer_bridge.batch import RolloutBatch, Sample
 from trainer_bridge.logprobs import TokenLogprobs, linear_logprobs
 from trainer_bridge.settings import Settings
 
@@ -47,16 +48,32 @@ class ModelConfig(Settings):
     )
     gradient_checkpointing: bool = Field(False, description="less memory, a third more compute")
     attention: str = Field("sdpa", description="transformers' attn_implementation")
+    share_prompts: bool = Field(
+        True,
+        description="compute the prompt of a group once; only with sdpa, and not for models whose "
+        "layers see a window of the last tokens",
+    )
 
 
 class Policy(nn.Module):
     """log pi, log pi at tau_t and entropy of a batch's trained tokens; see `forward`."""
 
-    def __init__(self, model: Any, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        compute_dtype: torch.dtype = torch.float32,
+        *,
+        share_prompts: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype
         config = model.config.get_text_config()
+        self.shares_prompts = (
+            share_prompts
+            and config._attn_implementation == "sdpa"
+            and getattr(config, "sliding_window", None) is None
+        )
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them
         self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
@@ -72,10 +89,15 @@ class Policy(nn.Module):
         """Whether only LoRA adapters are trained."""
         return hasattr(self.model, "peft_config")
 
+    def batch(self, samples: Sequence[Sample]) -> RolloutBatch:
+        """The samples as this policy takes them."""
+        return RolloutBatch.build(samples, self.device, share_prompts=self.shares_prompts)
+
     def forward(self, batch: RolloutBatch, *, tempered: bool = False) -> TokenLogprobs:
         """Each float32 [N], with gradients; `tempered` at the batch's temperatures if asked for.
 
-        position_ids that begin again tell transformers that the samples do not see each other.
+        Without a mask of the batch's, position_ids that begin again tell transformers that the
+        samples do not see each other.
         """
         base = self._base
         with torch.autocast(
@@ -86,14 +108,14 @@ class Policy(nn.Module):
             hidden = base.get_decoder()(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
+                attention_mask=None if batch.attends is None else batch.attends[None, None],
                 use_cache=False,
             ).last_hidden_state[0]
         head = base.get_output_embeddings()
-        # the hidden state at position p predicts the token at p + 1
         return linear_logprobs(
-            hidden[batch.targets - 1].to(self.compute_dtype),
+            hidden[batch.predictors].to(self.compute_dtype),
             head.weight.to(self.compute_dtype),
-            batch.input_ids[batch.targets],
+            batch.targets,
             temperatures=batch.temperatures if tempered else None,
             bias=head.bias,
             softcap=self._softcap,
@@ -176,14 +198,14 @@ def load_policy(
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.path, dtype=torch.float32, attn_implementation=config.attention
     ).to(device)
-    _check(Policy(model))
+    _check(Policy(model, share_prompts=config.share_prompts))
     if config.lora is not None:
         model = _with_adapters(model, config.lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()
-    policy = Policy(model, getattr(torch, config.compute_dtype))
+    policy = Policy(model, getattr(torch, config.compute_dtype), share_prompts=config.share_prompts)
     return policy.train(), AutoTokenizer.from_pretrained(config.path)
 
 
@@ -205,35 +227,26 @@ def _with_adapters(model: Any, config: LoraConfig) -> Any:
 
 @torch.no_grad()
 def _check(policy: Policy) -> None:
-    """Two short samples packed give what the model itself gives for each alone.
+    """Three short samples packed, two with the same prompt, give what the model gives for each.
 
     Catches models that do not keep packed samples apart (recurrent ones), and logits that are more
     than a linear head with the corrections that we know.
     """
     policy.eval()
-    ids = [torch.arange(1, 9) * 7, torch.arange(1, 6) * 11]
-    lengths = tuple(len(part) for part in ids)
-    starts = (0, lengths[0])
-    zeros = torch.zeros(sum(lengths) - 2)
-    batch = RolloutBatch(
-        input_ids=torch.cat(ids).to(policy.device),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]).to(policy.device),
-        targets=torch.cat(
-            [start + torch.arange(1, n) for start, n in zip(starts, lengths, strict=True)]
-        ).to(policy.device),
-        sequence_ids=zeros,
-        temperatures=zeros,
-        behaviour_logprobs=zeros,
-        model_logprobs=zeros,
-        lengths=lengths,
-        trained_lengths=tuple(length - 1 for length in lengths),
-    )
+    ids = [np.array(tokens) for tokens in ([7, 14, 21, 28, 35], [7, 14, 21, 9], [11, 22, 33])]
+    trained = [np.arange(len(tokens)) >= min(3, len(tokens) - 1) for tokens in ids]
+    numbers = [np.zeros(int(part.sum()), np.float32) for part in trained]
+    samples = [
+        Sample(tokens, part, zeros, zeros, zeros)
+        for tokens, part, zeros in zip(ids, trained, numbers, strict=True)
+    ]
     want = []
-    for part in ids:
-        part = part.to(policy.device)
-        logits = policy.model(part[None]).logits[0, :-1].float()
-        want.append(logits.log_softmax(-1).gather(1, part[1:, None]).squeeze(1))
-    error = (policy(batch).logprobs - torch.cat(want)).abs().max().item()
+    for sample in samples:
+        tokens = torch.from_numpy(sample.token_ids).to(policy.device)
+        rows = policy.model(tokens[None]).logits[0, sample.prompt_length - 1 : -1].float()
+        chosen = tokens[sample.prompt_length :, None]
+        want.append(rows.log_softmax(-1).gather(1, chosen).squeeze(1))
+    error = (policy(policy.batch(samples)).logprobs - torch.cat(want)).abs().max().item()
     if not error < 1e-2:
         kind = type(policy.model).__name__
         raise UnsupportedModel(

@@ -128,7 +128,7 @@ class Trainer:
         An update whose gradient is not finite is skipped and counted. Raises Diverged when that
         goes on, ValueError for a reward that is not finite.
         """
-        batch = RolloutBatch.build(answers.samples, self.policy.device)
+        batch = self.policy.batch(answers.samples)
         rewards = torch.tensor(answers.rewards, dtype=torch.float32)
         group_ids = torch.tensor(answers.group_ids)
         before = self._look_before(batch)
