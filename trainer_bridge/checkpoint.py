@@ -84,7 +84,8 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> No
         try:
             dcp.save(_state(trainer), checkpoint_id=partial, no_dist=ranks.world_size() == 1)
         except (OSError, CheckpointException) as error:
-            raise CheckpointFailed(str(error)) from error
+            # its text is a traceback, of which the end says what happened
+            raise CheckpointFailed(str(error).strip().splitlines()[-1]) from error
         _on_rank_0(finish)
     except CheckpointFailed:
         shutil.rmtree(partial, ignore_errors=True)

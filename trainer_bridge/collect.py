@@ -16,7 +16,8 @@ from pydantic import Field
 from ead_client import Choice, Client, Group, Rollout
 from trainer_bridge.advantages import overlong_penalty
 from trainer_bridge.batch import Sample
-from trainer_bridge.rewards import Reward, RewardFailure, RewardRunner
+from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.rewards import Outcome, RewardFailure
 from trainer_bridge.settings import Settings
 from trainer_bridge.tasks import Task
 from trainer_bridge.trainer import ScoredAnswers
@@ -185,7 +186,7 @@ class Collector:
         if self.config.seeded:
             first = position * self.config.samples_per_prompt
             fields["sampling_seed"] = (self.seed << 40) + first
-        scores: dict[int, tuple[list[Answer], Future[list[Reward | RewardFailure]]]] = {}
+        scores: dict[int, tuple[list[Answer], Future[list[Outcome]]]] = {}
         groups = self.client.stream_rollouts(
             prompts,
             n=self.config.samples_per_prompt,

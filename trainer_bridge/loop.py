@@ -30,8 +30,7 @@ from trainer_bridge.config import BadConfig, TrainConfig
 from trainer_bridge.evaluate import evaluate
 from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, draw_curves
-from trainer_bridge.rewards import RewardRunner
-from trainer_bridge.tasks import make_task
+from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.weights import make_publisher
 
@@ -186,7 +185,7 @@ class Leader:
         self.config = config
         self.server = server
         self.display = display
-        self.task = make_task(config.task)
+        self.task = config.task.build()
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = make_publisher(server.client, config.sync)
         self.collector = Collector(
