@@ -103,8 +103,10 @@ class Greeting:
 class SayMore:
     """Rewards answers by their number of distinct characters: every group has a signal."""
 
-    def problems(self, count: int, seed: int) -> list[Greeting]:
-        return [Greeting(({"role": "user", "content": f"{seed} {i}"},)) for i in range(count)]
+    name = "say more"
+
+    def problem(self, index: int, split: str = "train") -> Greeting:
+        return Greeting(({"role": "user", "content": f"{split} {index}"},))
 
     def reward(self, problem: Greeting, answer: str) -> float:
         return len(set(answer)) / 10
@@ -171,7 +173,7 @@ def test_the_next_step_reports_the_new_version(trainer: GrpoTrainer) -> None:
 
 
 def test_accumulated_gradients_equal_those_of_one_forward(trainer: GrpoTrainer) -> None:
-    problems = SayMore().problems(3, 0)
+    problems = [SayMore().problem(i) for i in range(3)]
     choices = trainer.rollout(problems, 0)
     advantages = group_advantages(trainer.score(problems, choices))
     batch = RolloutBatch.build([c.rollout for c in choices if c.rollout], pad_token_id=0)

@@ -116,7 +116,7 @@ def _train(console: Console, server: ServerProcess, model: Path, steps: int, out
 
     from ead_client import Client
     from trainer_bridge import GrpoConfig, GrpoTrainer, WeightPublisher, load_policy
-    from trainer_bridge.tasks import LetterCounting
+    from trainer_bridge.tasks import LETTER_COUNTING
 
     logging.disable_progress_bar()  # ours is enough
     with _waiting(console, "loading the policy"):
@@ -130,7 +130,7 @@ def _train(console: Console, server: ServerProcess, model: Path, steps: int, out
     )
     with Client(server.url, admin_api_key=server.admin_api_key) as client:
         publisher = WeightPublisher(client, out / "weights", dtype=getattr(torch, DTYPE))
-        trainer = GrpoTrainer(config, policy, tokenizer, LetterCounting(), client, publisher)
+        trainer = GrpoTrainer(config, policy, tokenizer, LETTER_COUNTING.build(), client, publisher)
         console.print(
             f"{config.prompts_per_step} problems x {config.samples_per_prompt} answers a step; "
             "reward: exact verifier of reasoning-gym's letter_counting; the policy at temperature "
