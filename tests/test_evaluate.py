@@ -141,9 +141,10 @@ def test_an_evaluation_reports_the_estimates_of_the_answers_it_got(
 def test_a_fixed_temperature_stays_fixed_whatever_the_server_s_default_is(
     listening: Listening, rewards: RewardRunner
 ) -> None:
-    before = listening.request("GET", "/v1/annealing").json()["default"]
-    listening.request("PUT", "/v1/annealing", SCHEDULE, admin=True)
+    listening.request("PUT", "/v1/annealing", {"annealing": SCHEDULE}, admin=True)
     try:
+        list(listening.stream_rollouts(["x"], max_new_tokens=20, ignore_eos=True))
+        assert len(temperatures(listening)) > 5  # the default schedule is in effect
         for temperature in (1.0, 0.7):
             listening.calls.clear()
             config = EvaluationConfig(problems=3, n=2, max_new_tokens=20, temperature=temperature)
@@ -151,7 +152,7 @@ def test_a_fixed_temperature_stays_fixed_whatever_the_server_s_default_is(
             assert temperatures(listening) == {temperature}
             assert (got.decoding["schedule"], got.decoding["tau"]) == ("constant", temperature)
     finally:
-        listening.request("PUT", "/v1/annealing", before, admin=True)
+        listening.request("PUT", "/v1/annealing", {"annealing": None}, admin=True)
 
 
 def test_greedy_decoding_gives_the_same_answer_every_time(

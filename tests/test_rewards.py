@@ -300,7 +300,7 @@ from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import RewardConfig
 
 def reward(problem, answer):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # in one piece, whoever writes at the same time
     if answer == "loop":
         re.match(r"(a+)+$", "a" * 64 + "b")
     return len(answer)
@@ -308,7 +308,7 @@ def reward(problem, answer):
 if __name__ == "__main__":
     runner = RewardRunner(reward, RewardConfig(workers=2))
     assert runner.submit(None, ["a", "bb"]).result(60) == [1.0, 2.0]
-    print("scored", flush=True)
+    os.write(1, b"scored\\n")
     runner.submit(None, ["loop"])
     if sys.argv[1] == "wait":
         signal.pause()

@@ -56,7 +56,7 @@ class RewardRunner:
         self._waiting: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        # closing one end wakes every thread that waits for its worker and the other end
+        # a message that nobody reads wakes every thread that waits for its worker or for it
         self._closing, self._close = multiprocessing.Pipe(duplex=False)
         started: list[Future[None]] = [Future() for _ in range(self.config.workers)]
         self._threads = [
@@ -94,8 +94,9 @@ class RewardRunner:
     def close(self) -> None:
         """End all workers, now. The results that are missing become CancelledError."""
         with self._changed:
+            if not self._closed:
+                self._close.send_bytes(b"closed")
             self._closed = True
-            self._close.close()
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
