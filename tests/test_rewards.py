@@ -214,7 +214,7 @@ def test_a_failed_batch_costs_the_answers_of_its_call() -> None:
 
 
 def test_a_coroutine_that_hangs_times_out_alone_and_one_that_blocks_is_ended() -> None:
-    with RewardRunner(Async(behave_later), RewardConfig(workers=1, timeout_s=1)) as runner:
+    with RewardRunner(Async(behave_later), RewardConfig(workers=1, timeout_s=2)) as runner:
         answers = ["good", "hang", "raise", "a timeout of its own", "sys.exit", "good"]
         expected = [1.0, "timed_out", "raised", "raised", "raised", 1.0]
         assert kinds(score(runner, None, answers)) == expected
