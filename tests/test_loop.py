@@ -27,8 +27,9 @@ from ead_server.process import ServerProcess
 from ead_server.training import WaitedFor
 from trainer_bridge import checkpoint
 from trainer_bridge.batch import RolloutBatch, Sample
-from trainer_bridge.collect import Collector, RolloutConfig, StaleRollout, TooFewRollouts
-from trainer_bridge.config import BadConfig, read_config
+from trainer_bridge.collect import Collector, RolloutConfig
+from trainer_bridge.config import read_config
+from trainer_bridge.errors import BadConfig, StaleRollout, TooFewRollouts
 from trainer_bridge.loop import train
 from trainer_bridge.policy import ModelConfig, load_policy
 from trainer_bridge.report import Display, read_metrics
@@ -319,7 +320,8 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The operating system refuses files of more than 1000 bytes while the first is written."""
-    save, calls = checkpoint.dcp.save, []
+    saver, calls = checkpoint.state_dict_saver, []
+    save = saver.save
 
     def cramped(*arguments: Any, **keys: Any) -> Any:
         calls.append(1)
@@ -331,7 +333,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(checkpoint.dcp, "save", cramped)
+    monkeypatch.setattr(saver, "save", cramped)
     entries = go("checkpoint.every=2", "checkpoint.keep=9")
     assert [entry["checkpoint/failed"] for entry in entries] == [0, 1, 0, 0]
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

@@ -10,11 +10,11 @@ import torch
 from test_batch import rollout
 
 from trainer_bridge.batch import RolloutBatch, Sample
+from trainer_bridge.errors import UnsupportedModel
 from trainer_bridge.policy import (
     LoraConfig,
     ModelConfig,
     Policy,
-    UnsupportedModel,
     load_policy,
 )
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 
-from trainer_bridge.reward_runner import RewardFunctionUnusable, RewardRunner
+from trainer_bridge.errors import RewardFunctionUnusable
+from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import (
     Async,
     Batched,

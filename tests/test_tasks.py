@@ -20,7 +20,7 @@ from trainer_bridge.gym_task import GymProblem, ReasoningGym
 from trainer_bridge.math_task import MathFile, MathProblem
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import RewardConfig, RewardFailure
-from trainer_bridge.tasks import LETTER_COUNTING, Task, TaskConfig
+from trainer_bridge.tasks import Task, TaskConfig
 
 # of every kind: words, numbers, made all at once (acre), drawing from Python's global generator
 DATASETS = ("letter_counting", "chain_sum", "spell_backward", "acre", "list_functions")
@@ -135,7 +135,7 @@ def count_by_hand(problem: GymProblem) -> int:
 
 
 def test_only_the_right_count_of_letters_is_rewarded() -> None:
-    task: Any = LETTER_COUNTING.build()
+    task: Any = TaskConfig().build()
     for problem in (task.problem(index) for index in range(20)):
         right = count_by_hand(problem)
         assert task.reward(problem, str(right)) == 1.0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Reference
+from trainer_bridge.grpo import StaleRollout
 
 from ead_client import Client, RequestRefused, Rollout
 from trainer_bridge import (
@@ -21,7 +22,6 @@ from trainer_bridge import (
     load_policy,
     token_logprobs,
 )
-from trainer_bridge.grpo import StaleRollout
 
 SCHEDULE = {"tau_max": 1.5, "tau_min": 0.3, "decay": 20.0, "warmup": 3}
 

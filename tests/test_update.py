@@ -16,10 +16,10 @@ from test_batch import rollout
 from trainer_bridge.advantages import AdvantageConfig
 from trainer_bridge.batch import Sample
 from trainer_bridge.corrections import CorrectionConfig
+from trainer_bridge.errors import Diverged
 from trainer_bridge.losses import LossConfig
 from trainer_bridge.policy import ModelConfig, Policy, load_policy
 from trainer_bridge.trainer import (
-    Diverged,
     OptimizerConfig,
     ScoredAnswers,
     Trainer,

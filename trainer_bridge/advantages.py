@@ -26,14 +26,14 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from trainer_bridge.settings import Settings
 
-class AdvantageConfig(BaseModel):
+
+class AdvantageConfig(Settings):
     """Settings of `advantages`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "pass@k"] = "grpo"
     k: int = Field(4, ge=2, description="pass@k: answers of which the best counts (1 is rloo)")

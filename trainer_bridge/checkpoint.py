@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import Field
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,14 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from trainer_bridge import ranks
+from trainer_bridge.errors import CheckpointFailed
 from trainer_bridge.settings import Settings
 from trainer_bridge.trainer import Trainer
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)  # with adapters, the rest is the model's own
-
-
-class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written; those before it are as they were."""
 
 
 class CheckpointConfig(Settings):
@@ -82,7 +79,9 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> No
     try:
         _on_rank_0(begin)
         try:
-            dcp.save(_state(trainer), checkpoint_id=partial, no_dist=ranks.world_size() == 1)
+            state_dict_saver.save(
+                _state(trainer), checkpoint_id=partial, no_dist=ranks.world_size() == 1
+            )
         except (OSError, CheckpointException) as error:
             # its text is a traceback, of which the end says what happened
             raise CheckpointFailed(str(error).strip().splitlines()[-1]) from error
@@ -112,7 +111,7 @@ def load(folder: Path, trainer: Trainer) -> Progress | None:
         return None
     newest = complete[-1]
     state = _state(trainer)
-    dcp.load(state, checkpoint_id=newest, no_dist=ranks.world_size() == 1)
+    state_dict_loader.load(state, checkpoint_id=newest, no_dist=ranks.world_size() == 1)
     set_state_dict(
         trainer.policy,
         trainer.optimizer,

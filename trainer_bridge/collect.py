@@ -16,19 +16,12 @@ from pydantic import Field
 from ead_client import Choice, Client, Group, Rollout
 from trainer_bridge.advantages import overlong_penalty
 from trainer_bridge.batch import Sample
+from trainer_bridge.errors import StaleRollout, TooFewRollouts
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
 from trainer_bridge.settings import Settings
 from trainer_bridge.tasks import Task
 from trainer_bridge.trainer import ScoredAnswers
-
-
-class TooFewRollouts(RuntimeError):
-    """The server or the rewards failed for so many answers that no update can be made."""
-
-
-class StaleRollout(RuntimeError):
-    """An answer was sampled from weights that this run does not know, or of too long ago."""
 
 
 class RolloutConfig(Settings):

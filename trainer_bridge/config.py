@@ -13,6 +13,7 @@ from trainer_bridge.advantages import AdvantageConfig
 from trainer_bridge.checkpoint import CheckpointConfig
 from trainer_bridge.collect import RolloutConfig
 from trainer_bridge.corrections import CorrectionConfig
+from trainer_bridge.errors import BadConfig
 from trainer_bridge.evaluate import EvaluationConfig
 from trainer_bridge.losses import LossConfig
 from trainer_bridge.policy import ModelConfig
@@ -22,10 +23,6 @@ from trainer_bridge.settings import Settings
 from trainer_bridge.tasks import TaskConfig
 from trainer_bridge.trainer import OptimizerConfig, UpdateConfig
 from trainer_bridge.weights import SyncConfig
-
-
-class BadConfig(ValueError):
-    """A run that cannot be made; the message names the setting, its value and what is allowed."""
 
 
 class ServerConfig(Settings):
@@ -56,6 +53,7 @@ class TrainConfig(Settings):
     sync: SyncConfig = SyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    evaluate_every: int = Field(0, ge=0, description="steps, and after the last; 0: never")
     report: ReportConfig = ReportConfig()
 
 

@@ -44,17 +44,17 @@ import warnings
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
+
+from trainer_bridge.settings import Settings
 
 COLLAPSED = 0.1  # effective sample size, or mean weight, below which a sequence weight is useless
 POSITION_BUCKETS = (0, 16, 64, 256, 1024, 4096)  # first t of each; the last one is open
 
 
-class CorrectionConfig(BaseModel):
+class CorrectionConfig(Settings):
     """How mu != pi_old is dealt with. See the table in the module's docstring."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["none", "tis", "mis", "icepop", "sequence", "annealed"] = "tis"
     cap: float = Field(2.0, ge=0, description="tis, mis, sequence: C; 0: none below e^20")

@@ -14,13 +14,12 @@ from ead_client import Choice, Client, Group, Rollout
 from trainer_bridge import estimators
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
+from trainer_bridge.settings import Settings
 from trainer_bridge.tasks import Problem, Task
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(Settings):
     """What is asked, and how it is decoded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     problems: int = Field(
         default=64, ge=2, description="held-out problems; fewer where the task has fewer"

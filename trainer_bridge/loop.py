@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ead_client import Client, ConnectionFailed, ServerUnavailable, TimedOut
 from trainer_bridge import checkpoint, ranks
-from trainer_bridge.checkpoint import CheckpointFailed, Progress
-from trainer_bridge.collect import Collected, Collector, StaleRollout
-from trainer_bridge.config import BadConfig, TrainConfig
+from trainer_bridge.checkpoint import Progress
+from trainer_bridge.collect import Collected, Collector
+from trainer_bridge.config import TrainConfig
+from trainer_bridge.errors import BadConfig, CheckpointFailed, StaleRollout
 from trainer_bridge.evaluate import evaluate
 from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, draw_curves
@@ -281,7 +282,7 @@ class Leader:
         last: bool,
     ) -> None:
         """Record and show a step that is done; evaluate when it is due."""
-        every = self.config.evaluation.every
+        every = self.config.evaluate_every
         if every and (last or (step + 1) % every == 0):
             with self.phase("evaluate"):
                 metrics |= self._mended(self._evaluate)
@@ -295,7 +296,7 @@ class Leader:
 
     def _evaluate(self) -> dict[str, float]:
         result = evaluate(self.server.client, self.task, self.runner, self.config.evaluation)
-        return {f"eval/{name}": value for name, value in result.metrics().items()}
+        return {f"eval/{name}": found.value for name, found in result.estimates.items()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -20,8 +20,10 @@ import math
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
+
+from trainer_bridge.settings import Settings
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -36,10 +38,8 @@ _OF_KIND: dict[str, _Defaults] = {
 }
 
 
-class LossConfig(BaseModel):
+class LossConfig(Settings):
     """Settings of this module's functions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["clip", "cispo", "gspo", "clip_cov", "kl_cov"] = "clip"
     clip_low: float = Field(

@@ -19,20 +19,16 @@ from torch import Tensor, nn
 from ead_sampler import device as engine
 from trainer_bridge import ranks
 from trainer_bridge.batch import RolloutBatch, Sample
+from trainer_bridge.errors import UnsupportedModel
 from trainer_bridge.logprobs import TokenLogprobs, linear_logprobs
 from trainer_bridge.settings import Settings
-
-
-class UnsupportedModel(ValueError):
-    """A model whose log-probabilities this trainer cannot compute packed; the message says how it
-    was found out."""
 
 
 class LoraConfig(Settings):
     """Low-rank adapters (arXiv 2106.09685) in place of training every weight."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, ge=1)
     targets: str | list[str] = Field("all-linear", description="modules, as peft names them")
 
 

@@ -213,11 +213,12 @@ def draw_curves(path: Path) -> Path:
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
         axis.plot(*zip(*points, strict=True) if points else ([], []))
         axis.set(title=title)
-    for name, style in (("eval/pass@1", "o-"), ("eval/mean@k", "o-")):
+    evaluated = sorted({name for entry in entries for name in entry if name.startswith("eval/")})
+    for name in evaluated:
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        if points:
-            axes.flat[0].plot(*zip(*points, strict=True), style, label=name)
-            axes.flat[0].legend()
+        axes.flat[0].plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
+    if evaluated:
+        axes.flat[0].legend(fontsize="small")
     for axis in axes[1]:
         axis.set(xlabel="step")
     target = path / "curves.png"

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
+from trainer_bridge.errors import RewardFunctionUnusable
 from trainer_bridge.rewards import (
     Async,
     Batched,
@@ -32,10 +33,6 @@ from trainer_bridge.rewards import (
 )
 
 _ASYNC_GRACE_S = 1.0  # for a worker to report its timeouts itself, before it counts as blocked
-
-
-class RewardFunctionUnusable(RuntimeError):
-    """A worker cannot load the function; the message says why."""
 
 
 class RewardRunner:

@@ -35,7 +35,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from trainer_bridge.settings import Settings
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -70,10 +72,8 @@ class RewardFailure:
 Outcome = float | RewardFailure  # the float is finite
 
 
-class RewardConfig(BaseModel):
+class RewardConfig(Settings):
     """How a reward function is run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: int = Field(default=2, ge=1, le=1024, description="processes")
     timeout_s: float = Field(

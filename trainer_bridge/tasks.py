@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from trainer_bridge.rewards import RewardFunction
+from trainer_bridge.settings import Settings
 
 Split = Literal["train", "eval"]
 Messages = tuple[dict[str, str], ...]
@@ -56,17 +57,32 @@ _BUILT_IN = {
 }
 
 
-class TaskConfig(BaseModel):
-    """Which task, with which parameters."""
+# SmolLM2-135M-Instruct at temperature 1 solves a third of these.
+LETTER_COUNTING = {
+    "dataset": "letter_counting",
+    "settings": {"min_words": 2, "max_words": 4},
+    "system": "Answer with the number only.",
+    "examples": (
+        ('How many times does the letter "o" appear in the text: "good to go"?', "4"),
+        ('How many times does the letter "a" appear in the text: "a red car"?', "2"),
+    ),
+    "answer_pattern": r"\d+",
+}
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class TaskConfig(Settings):
+    """Which task, with which parameters. Without any: one that the embedded model can learn."""
 
     kind: str = Field(
+        "reasoning-gym",
         description='"reasoning-gym", "math", or "module:object" for a task of your own, called '
         "with the parameters",
         pattern=r"^(reasoning-gym|math|[\w.]+:[\w.]+)$",
     )
-    parameters: dict[str, Any] = Field(default={}, description="of the task, see its class")
+    parameters: dict[str, Any] = Field(
+        default_factory=lambda data: LETTER_COUNTING if data["kind"] == "reasoning-gym" else {},
+        description="of the task, see its class; reasoning-gym's default: counting letters",
+    )
 
     def build(self) -> Task:
         """The task. Raises ValueError or TypeError for wrong parameters, ImportError."""
@@ -84,10 +100,8 @@ def _named(path: str) -> Any:
     return found
 
 
-class Chat(BaseModel):
+class Chat(Settings):
     """How questions are asked, and which of them are kept for evaluation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     system: str = Field(default="", description="system message; empty: none")
     examples: tuple[tuple[str, str], ...] = Field(
@@ -116,19 +130,3 @@ def split_of(question: str, eval_share: float) -> Split:
 def stable_hash(*parts: str | int) -> int:
     """A hash in [0, 2^64) that is the same in every process and version."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8])
-
-
-# SmolLM2-135M-Instruct at temperature 1 solves a third of these.
-LETTER_COUNTING = TaskConfig(
-    kind="reasoning-gym",
-    parameters={
-        "dataset": "letter_counting",
-        "settings": {"min_words": 2, "max_words": 4},
-        "system": "Answer with the number only.",
-        "examples": (
-            ('How many times does the letter "o" appear in the text: "good to go"?', "4"),
-            ('How many times does the letter "a" appear in the text: "a red car"?', "2"),
-        ),
-        "answer_pattern": r"\d+",
-    },
-)

@@ -18,6 +18,7 @@ from trainer_bridge import ranks
 from trainer_bridge.advantages import AdvantageConfig, advantages, groups_with_signal
 from trainer_bridge.batch import RolloutBatch, Sample
 from trainer_bridge.corrections import CorrectionConfig, correction_metrics, correction_weights
+from trainer_bridge.errors import Diverged
 from trainer_bridge.losses import (
     LossConfig,
     aggregation_weights,
@@ -30,10 +31,6 @@ from trainer_bridge.losses import (
 )
 from trainer_bridge.policy import Policy
 from trainer_bridge.settings import Settings
-
-
-class Diverged(RuntimeError):
-    """Update after update had no finite gradient."""
 
 
 class OptimizerConfig(Settings):

@@ -1,7 +1,8 @@
-"""`ead train` and `ead eval`: what they share, above all a server, theirs or one of their own."""
+"""`ead train` and `ead eval`, with the server that the settings name or one of their own."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -10,15 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-
 from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from ead_client import Client, ConnectionFailed
 from ead_server import models
 from ead_server.process import ServerProcess
-from trainer_bridge.config import ServerConfig, read_config
+from trainer_bridge.config import ServerConfig, TrainConfig, read_config
+from trainer_bridge.evaluate import evaluate
 from trainer_bridge.loop import train
 from trainer_bridge.report import Display
+from trainer_bridge.reward_runner import RewardRunner
 
 # `--restart`: a server that dies comes back on the same port, with the same keys
 _COMMAND = (sys.executable, "-m", "ead_server.cli", "serve", "--restart")
@@ -58,11 +62,11 @@ def server_for(
     say: told what is waited for. Raises ServerFailed when a server of our own does not start.
     """
     if config.url is not None:
-        keys = {
-            "api_key": os.environ.get("EAD_API_KEY"),
-            "admin_api_key": os.environ.get("EAD_ADMIN_API_KEY"),
-        }
-        with Client(config.url, **keys) as client:
+        with Client(
+            config.url,
+            api_key=os.environ.get("EAD_API_KEY"),
+            admin_api_key=os.environ.get("EAD_ADMIN_API_KEY"),
+        ) as client:
             server = WaitedFor(client, config.patience_s)
             server.wait_until_ready()
             yield server
@@ -79,14 +83,53 @@ def server_for(
 
 def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
     """`ead train`: see there. What goes wrong is raised, with what was reached kept in `folder`."""
-    config = read_config(arguments)
-    model = str(models.resolve(config.model.path))
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
+    config = _with_model(read_config(arguments))
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    with Display(console, config.steps) as display:
+    with Display(Console(), config.steps) as display:
         if int(os.environ.get("RANK", "0")) != 0:
             train(config, folder, None, display, resume=resume)
             return
-        with server_for(config.server, model, folder, display.say) as server:
+        with server_for(config.server, config.model.path, folder, display.say) as server:
             train(config, folder, server, display, resume=resume)
+
+
+def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None:
+    """`ead eval`: see there. Everything but the result goes to stderr."""
+    config = _with_model(read_config(arguments))
+    folder.mkdir(parents=True, exist_ok=True)
+    task = config.task.build()
+    console = Console(stderr=True)
+    with (
+        server_for(config.server, config.model.path, folder, console.print) as server,
+        RewardRunner(task.reward, config.reward) as rewards,
+        Progress(console=console, disable=not console.is_terminal, transient=True) as bar,
+    ):
+        shown = bar.add_task(f"problems of {task.name}")
+        result = evaluate(
+            server.client,
+            task,
+            rewards,
+            config.evaluation,
+            lambda done, total: bar.update(shown, completed=done, total=total),
+        )
+    if as_json:
+        print(result.model_dump_json(indent=1))
+        return
+    table = Table("", "value", "interval", title=f"{result.task}, {result.problems} problems")
+    for name, found in result.estimates.items():
+        table.add_row(name, f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}")
+    out = Console()
+    out.print(table)
+    out.print(
+        f"decoding {json.dumps(result.decoding)}; weights {', '.join(result.weight_versions)}; "
+        f"{result.scored} answers of {result.mean_tokens:.0f} tokens, failed: {result.failures}\n"
+        f"{result.interval}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _with_model(config: TrainConfig) -> TrainConfig:
+    """The settings with the model's name resolved to a folder, where it is an embedded one."""
+    model = config.model.model_copy(update={"path": str(models.resolve(config.model.path))})
+    return config.model_copy(update={"model": model})
