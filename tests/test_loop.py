@@ -240,7 +240,7 @@ def collector(client: Client, tiny_model: Path) -> Iterator[Callable[..., Collec
         runners.append(RewardRunner(task.reward, RewardConfig(workers=1)))
         sized = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 12, **config}
         return Collector(
-            RolloutConfig(annealing=SCHEDULE, **sized), client, task, runners[-1], tokenizer, seed=0
+            RolloutConfig(annealing=SCHEDULE, **sized), client, task, runners[-1], tokenizer
         )
 
     yield make

@@ -103,15 +103,12 @@ class Collector:
         task: Task,
         runner: RewardRunner,
         tokenizer: Any,
-        *,
-        seed: int,
     ) -> None:
         self.config = config
         self.client = client
         self.task = task
         self.runner = runner
         self.tokenizer = tokenizer
-        self.seed = seed
 
     def collect(
         self, step: int, position: int, progress: Callable[[str], None] = lambda line: None
@@ -169,16 +166,10 @@ class Collector:
     ) -> dict[int, list[tuple[Answer, float]]]:
         """The scored answers to `count` problems, by the problem's index."""
         problems = [self.task.problem(position + number) for number in range(count)]
-        prompts = [
-            self.tokenizer.apply_chat_template(
-                list(problem.messages), add_generation_prompt=True, return_dict=False
-            )
-            for problem in problems
-        ]
+        prompts = [list(problem.messages) for problem in problems]
         fields = dict(self.config.sampling)
         if self.config.seeded:
-            first = position * self.config.samples_per_prompt
-            fields["sampling_seed"] = (self.seed << 40) + first
+            fields["sampling_seed"] = position * self.config.samples_per_prompt
         scores: dict[int, tuple[list[Answer], Future[list[Outcome]]]] = {}
         groups = self.client.stream_rollouts(
             prompts,

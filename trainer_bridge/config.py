@@ -39,7 +39,9 @@ class TrainConfig(Settings):
     """One run. `correction` says what is trained: the policy at temperature 1, or tempered."""
 
     steps: int = Field(100, ge=1)
-    seed: int = Field(0, ge=0, lt=1 << 20)
+    seed: int = Field(
+        0, ge=0, lt=1 << 20, description="of everything drawn here, and of which problems are used"
+    )
     model: ModelConfig = ModelConfig()
     server: ServerConfig = ServerConfig()
     task: TaskConfig = TaskConfig()

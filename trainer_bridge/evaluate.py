@@ -73,6 +73,9 @@ class Evaluation(BaseModel):
     truncated: float = Field(description="share of scored answers that ended at max_new_tokens")
     interval: str = Field(description="what the intervals are")
     estimates: dict[str, Estimate] = Field(description="mean@n, pass@k, worst@k, maj@k")
+    rewards: list[list[float | None]] = Field(
+        repr=False, description="of each answer, by problem; null where there is none"
+    )
 
 
 def evaluate(
@@ -123,6 +126,7 @@ def evaluate(
         truncated=_mean([rollout.finish_reason == "length" for rollout in scored]),
         interval=f"{config.confidence:.0%} BCa bootstrap over problems, seed {config.seed}",
         estimates=dict(_estimates(table, votes if final_answer else None, config)),
+        rewards=[[None if np.isnan(r) else float(r) for r in row] for row in table],
     )
 
 

@@ -84,7 +84,10 @@ def train(
             max_new_tokens=config.rollout.max_new_tokens,
             reference=_reference(config, device),
         )
-        begin = (checkpoint.load(saved, trainer) if resume else None) or Progress(0, 0)
+        # other seeds see other problems
+        begin = Progress(0, position=config.seed << 20)
+        if resume:
+            begin = checkpoint.load(saved, trainer) or begin
         leader = None
         if ranks.rank() == 0:
             assert server is not None
@@ -189,9 +192,7 @@ class Leader:
         self.task = config.task.build()
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = make_publisher(server.client, config.sync)
-        self.collector = Collector(
-            config.rollout, server.client, self.task, self.runner, tokenizer, seed=config.seed
-        )
+        self.collector = Collector(config.rollout, server.client, self.task, self.runner, tokenizer)
         self.folder = RunFolder(
             folder, config.report, config.model_dump(mode="json"), resumed_at=begin.step
         )
