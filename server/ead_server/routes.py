@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ead_sampler.defaults import default_annealing, set_default_annealing, shared_defaults
 from ead_sampler.kinds import PRESETS
+from ead_sampler.requests import ANNEALING, check_server_mode
 from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
 from ead_server import metrics, packing, preview, settings
 from ead_server.admission import LimitExceeded, check_range
@@ -114,6 +115,8 @@ async def read_defaults() -> Defaults:
 @router.put("/v1/annealing")
 async def set_defaults(setting: DefaultsSetting) -> Defaults:
     """Set either or both (admin). Answers in progress keep what they began with."""
+    if setting.annealing is not None:
+        check_server_mode({ANNEALING: setting.annealing})
     if "annealing" in setting.model_fields_set:
         set_default_annealing(setting.annealing)
     if "step" in setting.model_fields_set:
