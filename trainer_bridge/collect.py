@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ead_client import Choice, Client, Group, Rollout
+from ead_client import Choice, Client, Group, RequestRefused, Rollout
 from trainer_bridge.advantages import overlong_penalty
 from trainer_bridge.batch import Sample
 from trainer_bridge.errors import StaleRollout, TooFewRollouts
@@ -225,12 +225,15 @@ class Collector:
             if left <= 0:
                 return Answer(tuple(turns), text)
             asked = {"token_ids": prompt.tolist(), "prefix_token_ids": generated.tolist()}
-            groups = self.client.rollouts(
-                [asked],
-                annealing={**self.config.annealing, "step": step},
-                max_new_tokens=left,
-                **self.config.sampling,
-            ).groups
+            try:
+                groups = self.client.rollouts(
+                    [asked],
+                    annealing={**self.config.annealing, "step": step},
+                    max_new_tokens=left,
+                    **self.config.sampling,
+                ).groups
+            except RequestRefused:  # a schedule that cannot be resumed from its tokens alone
+                return None
             if not groups[0].answers:
                 return None
             choice = groups[0].answers[0]
