@@ -22,12 +22,25 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ead_client import Client, ConnectionFailed, ServerUnavailable, TimedOut
+from ead_client import (
+    Client,
+    ConnectionFailed,
+    EadError,
+    RequestRefused,
+    ServerUnavailable,
+    TimedOut,
+)
 from trainer_bridge import checkpoint, ranks
 from trainer_bridge.checkpoint import Progress
 from trainer_bridge.collect import Collected, Collector
 from trainer_bridge.config import TrainConfig
-from trainer_bridge.errors import BadConfig, CheckpointFailed, StaleRollout
+from trainer_bridge.errors import (
+    BadConfig,
+    BridgeError,
+    CheckpointFailed,
+    StaleRollout,
+    WeightUpdateFailed,
+)
 from trainer_bridge.evaluate import evaluate
 from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, draw_curves
@@ -38,8 +51,16 @@ from trainer_bridge.weights import make_publisher
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 T = TypeVar("T")
 
-# what a server that comes back can mend
-_MENDABLE = (ConnectionFailed, TimedOut, ServerUnavailable, StaleRollout)
+
+def _mendable(error: BaseException | None) -> bool:
+    """Whether it may be gone once the server is back, and has its weights."""
+    if isinstance(error, WeightUpdateFailed):
+        error = error.__cause__
+    if isinstance(error, RequestRefused):
+        return (
+            error.status == 409
+        )  # another update is in progress: of this run before it was killed
+    return isinstance(error, ConnectionFailed | TimedOut | ServerUnavailable | StaleRollout)
 
 
 class Server(Protocol):
@@ -252,8 +273,8 @@ class Leader:
         while True:
             try:
                 return action()
-            except _MENDABLE as error:
-                if time.monotonic() > deadline:
+            except (EadError, BridgeError) as error:
+                if not _mendable(error) or time.monotonic() > deadline:
                     raise
                 self.display.say(f"{type(error).__name__}: {error}; waiting for the server")
                 self.server.wait_until_ready()

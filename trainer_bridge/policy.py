@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ead_sampler import device as engine
@@ -131,8 +132,10 @@ class Policy(nn.Module):
         """A folder that transformers and SGLang load. Every rank must call it."""
         weights = {name: weight.cpu().contiguous() for name, weight in self.named_weights()}
         if ranks.rank() == 0:
-            self._base.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            for part in (self._base.config, self._base.generation_config, tokenizer):
+                part.save_pretrained(folder)
 
     def without_adapters(self) -> Any:
         """A context in which the policy is the model that its adapters were put on."""
@@ -140,43 +143,29 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's weights by their Hugging Face names, adapters merged in, a tied one once.
+        """The model's weights by the names of its checkpoint, adapters merged in, a tied one once.
 
         Sharded weights are gathered one by one: every rank must walk through all of them.
         """
-        if not self.has_adapters:
-            for name, weight in _once(self.model.state_dict().items()):
-                yield name, _whole(weight)
-            return
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
         base = self._base
-        adapted = {
+        weights = {}
+        merged = {
             name: module for name, module in base.named_modules() if hasattr(module, "base_layer")
         }
-        for name, weight in _once(base.state_dict().items()):
+        for name, weight in base.state_dict().items():
             if ".lora_" in name:
                 continue
-            module = adapted.get(name.removesuffix(".base_layer.weight"))
-            weight = _whole(weight)
+            module = merged.get(name.removesuffix(".base_layer.weight"))
             if module is not None and name.endswith(".weight"):
-                weight = weight + _whole(module.get_delta_weight("default")).to(weight.dtype)
-            yield name.replace(".base_layer.", "."), weight
-
-
-def _once(items: Any) -> Iterator[tuple[str, Tensor]]:
-    """Without further names of a weight already seen."""
-    seen: set[int] = set()
-    for name, weight in items:
-        local = weight.to_local() if hasattr(weight, "to_local") else weight
-        if local.numel() and local.data_ptr() in seen:
-            continue
-        seen.add(local.data_ptr())
-        yield name, weight
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A sharded weight, gathered from all ranks; else itself."""
-    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return whole.detach()
+                weight = weight + module.get_delta_weight("default").to(weight.dtype)
+            weights[name.replace(".base_layer.", ".")] = weight
+        untied = remove_tied_weights_from_state_dict(weights, base)
+        for name, weight in revert_weight_conversion(base, untied).items():
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            yield name, whole.detach()
 
 
 def load_policy(
