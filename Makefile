@@ -5,7 +5,7 @@ SGLANG := sglang==0.5.23
 COMPARED := trl==1.16.0 verl==0.9.1
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo test check format bench learn clean
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
@@ -46,6 +46,9 @@ format: venv ## rewrite the code in the project's format
 
 bench: venv ## the whole server's speed against plain SGLang
 	@$(BIN)/python -m benchmarks.decode
+
+learn: venv ## GRPO on a small task, with EAD and without: does the reward rise?
+	@$(BIN)/python -m benchmarks.learn
 
 clean: ## remove .venv
 	rm -rf .venv
