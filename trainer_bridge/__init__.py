@@ -19,6 +19,7 @@ _FROM = {
     "reward_runner": ("RewardRunner",),
     "tasks": ("Problem", "Task", "TaskConfig"),
     "evaluate": ("EvaluationConfig", "evaluate"),
+    "weights": ("SyncConfig", "weight_publisher"),
     "config": ("TrainConfig", "read_config"),
     "loop": ("train",),
 }

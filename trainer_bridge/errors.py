@@ -39,7 +39,22 @@ class StaleRollout(BridgeError, RuntimeError):
 
 
 class WeightUpdateFailed(BridgeError, RuntimeError):
-    """The message says what the server serves now."""
+    """serving: the version that the server serves; None: nothing, until a whole version has come,
+    or unknown."""
+
+    def __init__(self, message: str, serving: str | None) -> None:
+        state = "serves nothing now" if serving is None else f"still serves version {serving}"
+        super().__init__(f"{message} (the server {state})")
+        self.serving = serving
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (str(self), self.serving))
+
+
+def _rebuild(message: str, serving: str | None) -> WeightUpdateFailed:
+    error = WeightUpdateFailed("", serving)
+    error.args = (message,)
+    return error
 
 
 class CheckpointFailed(BridgeError, RuntimeError):

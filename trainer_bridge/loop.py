@@ -46,7 +46,7 @@ from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.trainer import Trainer
-from trainer_bridge.weights import make_publisher
+from trainer_bridge.weights import weight_publisher
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 T = TypeVar("T")
@@ -212,7 +212,7 @@ class Leader:
         self.display = display
         self.task = config.task.build()
         self.runner = RewardRunner(self.task.reward, config.reward)
-        self.publisher = make_publisher(server.client, config.sync)
+        self.publisher = weight_publisher(server.client, config.sync)
         self.collector = Collector(config.rollout, server.client, self.task, self.runner, tokenizer)
         self.folder = RunFolder(
             folder, config.report, config.model_dump(mode="json"), resumed_at=begin.step
@@ -240,7 +240,7 @@ class Leader:
         report = self.publisher.publish(self._weights(), self._version)
         self._sync = {
             "sync/bytes": float(report.num_bytes),
-            **{f"sync/{phase}_s": seconds for phase, seconds in report.seconds.items()},
+            **{f"sync/{phase}": seconds for phase, seconds in report.seconds.items()},
         }
 
     def collect(self, step: int) -> Collected:
