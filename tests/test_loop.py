@@ -174,42 +174,47 @@ def test_two_processes_run_as_one_does(
     assert_same_run(read_metrics(folder), uninterrupted)
 
 
-def test_a_server_killed_in_the_middle_comes_back_and_the_run_goes_on(
+def test_server_and_trainer_killed_and_the_run_goes_on(
     uninterrupted: list[dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """`ead train` with a server of its own, whose scheduler is killed after the first step."""
+    """`ead train` with a server of its own: the scheduler is killed after the first step, and comes
+    back; the trainer after the second, and its server ends too; the run is resumed."""
     folder = tmp_path / "run"
     flags = ", ".join(f'"{flag}"' for flag in TINY_FLAGS)
     command = [sys.executable, "-m", "ead_server.cli", "train", "--folder", str(folder)]
     command += settings(tiny_model, f"server.arguments=[{flags}]")
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    environ = {**os.environ, "PYTHONPATH": path}
+    first = subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    family: list[psutil.Process] = []
     try:
-        assert process.stdout is not None
+        assert first.stdout is not None
         lines = []
-        for line in process.stdout:
+        for line in first.stdout:
             lines.append(line)
             if line.startswith("step 1/4"):
-                schedulers = [
-                    child
-                    for child in psutil.Process(process.pid).children(recursive=True)
-                    if "scheduler" in child.name()
-                ]
+                family = psutil.Process(first.pid).children(recursive=True)
+                schedulers = [child for child in family if "scheduler" in child.name()]
                 assert schedulers
                 for scheduler in schedulers:
                     scheduler.kill()
-        assert process.wait(60) == 0, "".join(lines)
+            if line.startswith("step 2/4"):
+                family = psutil.Process(first.pid).children(recursive=True)
+                first.kill()
+        assert first.wait(60) == -signal.SIGKILL, "".join(lines)
         assert any("waiting for the server" in line for line in lines), "".join(lines)
-        assert_same_run(read_metrics(folder), uninterrupted)
+        assert len(family) > 3
+        assert not psutil.wait_procs(family, timeout=60)[1]  # nothing is left running
     finally:
-        if process.poll() is None:
-            process.kill()
+        if first.poll() is None:
+            first.kill()
+    second = subprocess.run(
+        [*command, "--resume"], env=environ, capture_output=True, text=True, timeout=300
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert_same_run(read_metrics(folder), uninterrupted)
 
 
 # --- pipelined -----------------------------------------------------------------------------------

@@ -26,9 +26,11 @@ from rich.text import Text
 from trainer_bridge.settings import Settings
 
 _PACKAGES = ("ead", "sglang", "torch", "transformers", "peft", "reasoning-gym", "math-verify")
+PHASES = ("rollout", "update", "publish", "checkpoint", "evaluate")
 # shown while a run goes on: name, format, heading
 _SHOWN = (
     ("reward/mean", "{:.3f}", "reward"),
+    ("reward/best_of_group", "{:.2f}", "best"),
     ("policy/entropy", "{:.2f}", "entropy"),
     ("policy/temperature", "{:.2f}", "tau"),
     ("correction/effective_sample_size", "{:.2f}", "ESS"),
@@ -174,7 +176,11 @@ class Display:
             cells = [form.format(entry[n]) if n in entry else "" for n, form, _ in _SHOWN]
             table.add_row(f"{int(entry['step']) + 1}/{self.steps}", *cells)
         rewards = [entry["reward/mean"] for entry in self._history]
-        return Group(table, Text(f"reward {_sparkline(rewards)}   {self._phase}", style="dim"))
+        lines = [f"reward {_sparkline(rewards)}   {self._phase}"]
+        for entry in self._history[-1:]:
+            phases = [(name, entry.get(f"time/{name}")) for name in PHASES]
+            lines += ["  ".join(f"{name} {spent:.1f} s" for name, spent in phases if spent)]
+        return Group(table, Text("\n".join(lines), style="dim"))
 
 
 def _sparkline(values: Sequence[float], width: int = 60) -> str:
