@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SGLANG := sglang==0.5.23
+COMPARED := trl==1.16.0 verl==0.9.1
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test check format bench clean
+.PHONY: help venv demo test check format bench learn clean
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
@@ -23,6 +24,9 @@ venv: .venv/.ready ## everything into .venv (once)
 	  echo "==> 3/4 what SGLang needs on a CPU" && $(PIP) -r requirements-cpu.txt && \
 	  echo "==> 4/4 this project" && $(PIP) -e '.[trainer,dev]'; \
 	fi
+	@echo "==> wheels whose functions tests compare ours with (3 MB, not installed)" && \
+	  rm -rf .venv/wheels && \
+	  $(BIN)/pip --disable-pip-version-check download -q --no-deps -d .venv/wheels $(COMPARED)
 	@touch $@
 
 demo: venv ## serve, chat, train, and one picture of it
@@ -42,6 +46,9 @@ format: venv ## rewrite the code in the project's format
 
 bench: venv ## the whole server's speed against plain SGLang
 	@$(BIN)/python -m benchmarks.decode
+
+learn: venv ## GRPO on a small task, with EAD and without: does the reward rise?
+	@$(BIN)/python -m benchmarks.learn
 
 clean: ## remove .venv
 	rm -rf .venv

@@ -318,15 +318,30 @@ class Branch(_Range):
     Which entropies are the highest is known only at the end of an answer, so a threshold follows
     them: after each token it moves up by rate (1 - top) if the entropy was above it and down by
     rate * top if not, and so settles where a share `top` is above (Robbins and Monro, 1951).
+
+    What it has reached is not in the tokens, so an answer that is resumed (`position_offset`) must
+    say where it starts again: worked out in this way from the `entropies` recorded before.
     """
 
     schedule: Literal["branch"] = "branch"
     top: float = Field(0.2, ge=0.001, le=0.999, description="share of tokens sampled hot")
-    threshold: float = Field(0.672, ge=0.0, le=100.0, description="nats; where it starts")
+    threshold: float = Field(
+        0.672, ge=0.0, le=100.0, description="nats; where it starts, required with position_offset"
+    )
     rate: float = Field(0.05, ge=0.0, le=10.0, description="nats; 0 keeps the threshold fixed")
 
     uses_entropy: ClassVar[bool] = True
     has_state: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _resumes_where_it_was(self) -> Branch:
+        if self.position_offset and self.rate and "threshold" not in self.model_fields_set:
+            raise AnnealingError(
+                "annealing.threshold",
+                "is required with position_offset: the one reached, which follows from the "
+                "entropies H so far: threshold + rate * ((H > threshold) - top), token by token",
+            )
+        return self
 
     def parameters(self) -> tuple[float, ...]:
         return (self.tau_max, self.tau_min, self.threshold, self.top, self.rate)

@@ -87,6 +87,14 @@ HOOKS = (
         "ead_sampler.sampling:sample",
         "sets each row's temperature, whatever the sampling backend, and records the outcome",
     ),
+    # scheduler process, at its start
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.init_model_worker",
+        "self",
+        "AFTER",
+        "ead_sampler.sampling:seed_data_parallel_rank",
+        "SGLang seeds all data-parallel ranks alike: answers of one group would repeat each other",
+    ),
     # tokenizer process
     Hook(
         "sglang.srt.sampling.sampling_params.SamplingParams.verify",

@@ -98,16 +98,29 @@ def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
         parse_annealing(custom[ANNEALING])
         check_sampling({"temperature": params.temperature, "top_k": params.top_k})
     check_beam_width(params.beam_width)
-    check_server_mode()
+    check_server_mode(custom)
 
 
-def check_server_mode() -> None:
-    """Refuse schedules and rollouts in server modes that cannot honour them."""
+def check_server_mode(asked_for: Mapping[str, Any]) -> None:
+    """Refuse a schedule or rollout in server modes that cannot honour it. Raises AnnealingError.
+
+    asked_for: custom_params, or anything else that has `annealing` if a schedule is asked for.
+    """
     from sglang.srt.runtime_context import get_server_args
 
     reason = unsupported_mode(get_server_args(), os.environ)
     if reason is not None:
-        raise AnnealingError(ANNEALING, f"this server cannot honour it: {reason}")
+        field = ROLLOUT if asked_for.get(ANNEALING) is None else ANNEALING
+        raise AnnealingError(field, f"this server cannot honour it: {reason}")
+
+
+def check_generates(manager: Any) -> None:
+    """Refuse to generate on a server that embeds: its scheduler would die of it.
+
+    manager: SGLang's TokenizerManager. Raises AnnealingError.
+    """
+    if not manager.is_generation:
+        raise AnnealingError("model", "does not generate on this server, it embeds")
 
 
 def unsupported_mode(server_args: Any, environ: Mapping[str, str]) -> str | None:
@@ -146,6 +159,8 @@ def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
         moved[ANNEALING] = parse_annealing(moved[ANNEALING]).model_dump()
         params["temperature"] = 1.0  # or a model's generation_config would set another
     check_rollout(moved.get(ROLLOUT))
+    if asked(moved):
+        check_server_mode(moved)
     custom = params.get("custom_params") or {}
     if not isinstance(custom, dict):
         raise AnnealingError("custom_params", f"must be an object, got {custom!r:.80}")
@@ -184,15 +199,16 @@ def generate_request(
     """
     params = getattr(obj, "sampling_params", None)
     each = params if isinstance(params, list) else [params or {}]
-    if not hasattr(obj, "return_logprob") or not all(isinstance(p, dict) for p in each):
+    if not hasattr(obj, "return_logprob"):
+        return original(manager, obj, request)
+    check_generates(manager)
+    if not all(isinstance(p, dict) for p in each):
         return original(manager, obj, request)
     each = [_completed(into_custom_params(with_default(p)), manager) for p in each]
     if params or any(each):
         obj.sampling_params = each if isinstance(params, list) else each[0]
     if not any(asked(p.get("custom_params")) for p in each):
         return original(manager, obj, request)
-    if not manager.is_generation:  # SGLang would hand it to the scheduler, which dies of it
-        raise AnnealingError(ANNEALING, "this server cannot honour it: its model does not generate")
     if observe_items.get() is not None:
         obj.return_prompt_token_ids = True
     return _marked(original(manager, obj, request), manager, obj, each)

@@ -10,6 +10,7 @@ Legend: B = rows of the batch, V = vocabulary.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,22 @@ REQUEST = "ead_request"  # attribute of Req: RowRequest or None
 STATE = "ead_state"  # attribute of Req: State after its last committed token, or absent
 MEMORY = "ead_memory"  # attribute of ReqToTokenPool: AnnealedRows.memory
 MODEL_LOGPROBS = "ead_model_logprobs"  # attribute of SamplingBatchInfo in one step: float32 [B, V]
+
+
+def seed_data_parallel_rank(result: None, scheduler: Any) -> None:
+    """AFTER Scheduler.init_model_worker, which seeds every rank with the server's seed.
+
+    Data-parallel ranks would then draw the same random numbers, and answers to one prompt that
+    are spread over them would come in pairs. So each but the first gets a seed of its own; the
+    tensor-parallel ranks of one data-parallel rank still share theirs, as each samples for itself.
+    """
+    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.utils import set_random_seed
+
+    rank = get_parallel().dp_rank
+    if rank:
+        # hashed, since servers side by side are often given seeds that follow one another
+        set_random_seed(random.Random(f"{scheduler.random_seed}/{rank}").getrandbits(32))
 
 
 # --- the rows follow the batch -------------------------------------------------------------

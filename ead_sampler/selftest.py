@@ -16,14 +16,14 @@ FALSE_ALARMS = 1e-9  # probability that a right sampler is called wrong
 PROMPT, POSITION = 3, 22  # tokens; so the token sampled has t = 20
 
 
-def standalone_sampler(on: str) -> Any:
+def standalone_sampler(on: str, **server_args: Any) -> Any:
     """SGLang's Sampler as its model runner makes it, without a server around it."""
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.runtime_context import get_parallel, publish
     from sglang.srt.server_args import ServerArgs
 
     backends = {"sampling_backend": "pytorch", "attention_backend": "torch_native"}
-    publish(ServerArgs(model_path="none", device=on, **backends), role="scheduler")
+    publish(ServerArgs(model_path="none", device=on, **backends, **server_args), role="scheduler")
     with get_parallel().override(tp_group=SimpleNamespace(device_group=None)):
         return Sampler()
 

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import xgrammar
 from conftest import TINY_FLAGS, Reference
 from scipy import stats
 from test_server import (
@@ -49,11 +50,16 @@ def rollout_of(prompt: list[int], answer: dict[str, Any]) -> Rollout:
     )
 
 
-def check(prompt: list[int], answer: dict[str, Any], reference: Reference, offset: int = 0) -> None:
-    """Lengths, temperatures by the closed form from t = offset on, and both log-probabilities."""
+def check(
+    prompt: list[int],
+    answer: dict[str, Any],
+    reference: Reference,
+    schedule: dict[str, Any] = FAST,
+) -> None:
+    """Lengths, temperatures by the closed form, and both log-probabilities."""
     rollout = rollout_of(prompt, answer)
     assert len(rollout) == answer["meta_info"]["completion_tokens"]
-    want = expected_temperatures({**FAST, "position_offset": offset}, len(rollout))
+    want = expected_temperatures(schedule, len(rollout))
     assert np.abs(rollout.temperatures - want).max() < 1e-6
     check_against_reference(rollout, reference)
 
@@ -61,33 +67,78 @@ def check(prompt: list[int], answer: dict[str, Any], reference: Reference, offse
 # --- what changes the distribution -------------------------------------------------------------
 
 
-def test_behaviour_logprobs_include_penalties_and_bias(
-    sequential: ServerProcess, reference: Reference
+@pytest.mark.parametrize(
+    ("overlap", "penalties"),
+    [
+        (False, {"frequency_penalty": 0.5, "presence_penalty": 0.3}),
+        (True, {"frequency_penalty": 0.5, "presence_penalty": 0.3}),
+        (True, {"repetition_penalty": 1.7}),
+    ],
+)
+def test_behaviour_logprobs_include_penalties_and_bias_and_the_models_do_not(
+    request: pytest.FixtureRequest, reference: Reference, overlap: bool, penalties: dict[str, float]
 ) -> None:
     """As SGLang applies them: on the logits, before the temperature, from the tokens so far.
 
-    With overlap scheduling SGLang's counts are a token or so old. The recorded value is then of
-    what was really sampled from, but no longer of this formula; hence a server without overlap.
+    With overlap scheduling "so far" is one token older, and begins with the prompt's last token:
+    what SGLang knows when it prepares the step.
     """
-    bias = {"300": 6.0, "301": 6.0}
+    process: ServerProcess = request.getfixturevalue("server" if overlap else "sequential")
+    bias, end = {300: 6.0, 301: 6.0, 2: 9.0}, 2
     answer = generate(
-        sequential, PROMPT, 25, frequency_penalty=0.5, presence_penalty=0.3, logit_bias=bias
+        process,
+        PROMPT,
+        40,
+        ignore_eos=False,
+        min_new_tokens=40,
+        logit_bias={str(token): value for token, value in bias.items()},
+        **penalties,
     )
     tokens = answer["output_ids"]
+    assert len(tokens) == 40  # min_new_tokens holds although the end is made likely
     assert len(set(tokens)) < len(tokens)  # or the penalties had nothing to do
     logits = reference.logits(PROMPT, tokens)
     counts = torch.zeros(logits.shape[1], dtype=torch.float64)
     for t, token in enumerate(tokens):
-        adjusted = logits[t] - 0.5 * counts - 0.3 * (counts > 0)
+        if t:
+            counts[([PROMPT[-1], *tokens][t - 1] if overlap else tokens[t - 1])] += 1
+        adjusted = logits[t] - penalties.get("frequency_penalty", 0.0) * counts
+        adjusted -= penalties.get("presence_penalty", 0.0) * (counts > 0)
+        factor = torch.where(counts > 0, penalties.get("repetition_penalty", 1.0), 1.0)
+        adjusted = torch.where(adjusted < 0, adjusted * factor, adjusted / factor)
         for biased, value in bias.items():
-            adjusted[int(biased)] += value
-        tau = answer["meta_info"]["temperatures"][t]
+            adjusted[biased] += value
+        adjusted[end] = -torch.inf
+        tau = expected_temperatures(FAST, t + 1)[t]
         want = (adjusted / tau).log_softmax(-1)[token].item()
         assert answer["meta_info"]["logprobs"][t] == pytest.approx(want, abs=LOGPROB_TOLERANCE)
         model = logits[t].log_softmax(-1)[token].item()
         got = answer["meta_info"]["model_logprobs"][t]
         assert got == pytest.approx(model, abs=LOGPROB_TOLERANCE)
-        counts[token] += 1
+
+
+def allowed_tokens(grammar: dict[str, str], tokens: list[int], tokenizer: Any) -> torch.Tensor:
+    """Which tokens the grammar allows before each of `tokens`: bool [T, V], by xgrammar itself."""
+    vocabulary = len(tokenizer)
+    info = xgrammar.TokenizerInfo.from_huggingface(
+        tokenizer, vocab_size=vocabulary, stop_token_ids=[tokenizer.eos_token_id]
+    )
+    compiler = xgrammar.GrammarCompiler(info)
+    ((kind, text),) = grammar.items()
+    compiled = {
+        "regex": compiler.compile_regex,
+        "json_schema": compiler.compile_json_schema,
+        "ebnf": compiler.compile_grammar,
+    }[kind](text)
+    matcher = xgrammar.GrammarMatcher(compiled)
+    rows = []
+    for token in tokens:
+        bits = xgrammar.allocate_token_bitmask(1, vocabulary)
+        matcher.fill_next_token_bitmask(bits)
+        index = torch.arange(vocabulary)
+        rows.append((bits[0, index // 32] >> (index % 32)) & 1)
+        assert matcher.accept_token(token)
+    return torch.stack(rows).bool()
 
 
 @pytest.mark.parametrize(
@@ -102,59 +153,42 @@ def test_behaviour_logprobs_include_penalties_and_bias(
 def test_grammars_mask_what_was_sampled_but_not_what_the_model_said(
     server: ServerProcess, reference: Reference, grammar: dict[str, str]
 ) -> None:
-    """Behaviour: renormalised over the allowed tokens, so at least the full softmax's value."""
+    """Behaviour: at its temperature, renormalised over exactly the tokens that were allowed."""
     answer = generate(server, PROMPT, 30, ignore_eos=False, **grammar)
     rollout = rollout_of(PROMPT, answer)
     assert len(rollout) == answer["meta_info"]["completion_tokens"]
-    if "regex" in grammar:
-        assert re.fullmatch("(abc|de|a|ab|d)*", answer["text"])
     want = expected_temperatures(FAST, len(rollout))
     assert np.abs(rollout.temperatures - want).max() < 1e-6
+    allowed = allowed_tokens(grammar, answer["output_ids"], reference.tokenizer)
+    assert (allowed.sum(1) > 1).any()  # or there was nothing to choose
     logits = reference.logits(PROMPT, rollout.token_ids)
+    masked = (logits / torch.tensor(want).unsqueeze(1)).masked_fill(~allowed, -torch.inf)
     chosen = torch.from_numpy(rollout.token_ids).unsqueeze(1)
-    model = logits.log_softmax(-1).gather(1, chosen).squeeze(1).numpy()
-    assert np.abs(rollout.model_logprobs - model).max() < LOGPROB_TOLERANCE
-    tau = torch.from_numpy(rollout.temperatures).double().unsqueeze(1)
-    unmasked = (logits / tau).log_softmax(-1).gather(1, chosen).squeeze(1).numpy()
-    assert (rollout.logprobs >= unmasked - LOGPROB_TOLERANCE).all()
-    assert (rollout.logprobs > unmasked + 1.0).any()  # few tokens were allowed
-    assert (rollout.logprobs <= 1e-6).all()
-
-
-def test_a_regex_of_single_tokens_is_renormalised_over_just_those(
-    server: ServerProcess, reference: Reference
-) -> None:
-    """Two letters that are one token each: the allowed set is known, and so is its mass."""
-    tokenizer = reference.tokenizer
-    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-    answer = generate(server, PROMPT, 12, ignore_eos=False, regex="[qz]{12}")
-    tokens = answer["output_ids"]
-    logits = reference.logits(PROMPT, tokens)
-    written = 0
-    for t, token in enumerate(tokens[:6]):  # any mix of q and z that still fits in 12
-        allowed = [i for i, text in enumerate(texts) if re.fullmatch("[qz]+", text)]
-        assert token in allowed
-        tau = answer["meta_info"]["temperatures"][t]
-        want = (logits[t] / tau)[allowed].log_softmax(-1)[allowed.index(token)].item()
-        assert answer["meta_info"]["logprobs"][t] == pytest.approx(want, abs=LOGPROB_TOLERANCE)
-        written += len(texts[token])
-        assert written <= 6 or all(len(texts[i]) == 1 for i in allowed)
+    for got, exact in (
+        (rollout.logprobs, masked.log_softmax(-1)),
+        (rollout.model_logprobs, logits.log_softmax(-1)),
+    ):
+        assert np.abs(got - exact.gather(1, chosen).squeeze(1).numpy()).max() < LOGPROB_TOLERANCE
 
 
 # --- where answers stop, pause and go on -------------------------------------------------------
 
 
+ENDINGS: list[dict[str, Any]] = [
+    {"stop": ["e", "t"]},
+    {"stop": ["e", "t"], "no_stop_trim": True},
+    {"stop_regex": "[et]"},
+    {"stop_token_ids": list(range(3, 300))},
+]
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: " ".join(ending))
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("no_stop_trim", [False, True])
-def test_stop_strings_leave_as_many_values_as_tokens(
-    server: ServerProcess, reference: Reference, stream: bool, no_stop_trim: bool
+def test_what_stops_an_answer_leaves_as_many_values_as_tokens(
+    server: ServerProcess, reference: Reference, stream: bool, ending: dict[str, Any]
 ) -> None:
-    params = {
-        "max_new_tokens": 40,
-        "annealing": FAST,
-        "stop": ["e", "t"],
-        "no_stop_trim": no_stop_trim,
-    }
+    params = {"max_new_tokens": 40, "annealing": FAST, **ending}
+    matched = []
     for seed in range(4):
         body = {"input_ids": [*PROMPT, seed + 10], "sampling_params": params, "stream": stream}
         response = httpx.post(f"{server.url}/generate", json=body, timeout=60)
@@ -164,9 +198,13 @@ def test_stop_strings_leave_as_many_values_as_tokens(
         else:
             answer = response.json()
         check([*PROMPT, seed + 10], answer, reference)
+        reason = answer["meta_info"]["finish_reason"]
+        matched.append(reason.get("matched") if reason["type"] == "stop" else None)
+    assert set(matched) - {None, reference.tokenizer.eos_token_id}  # not only the usual ends
 
 
 LONG = 1500  # tokens: seconds of work, so that what comes next comes in its midst
+SLOW = {**FAST, "decay": 2000.0}  # falls at every one of them, so that each shows its t
 
 
 def while_running(server: ServerProcess, bodies: list[dict[str, Any]]) -> list[Future[Any]]:
@@ -174,7 +212,7 @@ def while_running(server: ServerProcess, bodies: list[dict[str, Any]]) -> list[F
 
     Requests are served in order of arrival, so a short one that ends was batched with them.
     """
-    params = {"max_new_tokens": LONG, "ignore_eos": True, "annealing": FAST}
+    params = {"max_new_tokens": LONG, "ignore_eos": True, "annealing": SLOW}
     pool = ThreadPoolExecutor(len(bodies))
     futures = []
     for body in bodies:
@@ -209,7 +247,7 @@ def test_the_schedule_goes_on_after_a_pause(
         assert tokens == LONG
     if mode == "retract":
         assert final["meta_info"]["num_retractions"] == 1
-    check(PROMPT, final, reference)
+    check(PROMPT, final, reference, SLOW)
 
 
 def test_an_abort_in_mid_flight_leaves_the_others_exact(
@@ -220,7 +258,7 @@ def test_an_abort_in_mid_flight_leaves_the_others_exact(
     url = f"{server.url}/generate"
     body = {
         "input_ids": PROMPT,
-        "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True, "annealing": FAST},
+        "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True, "annealing": SLOW},
         "stream": True,
     }
     with httpx.stream("POST", url, json=body, timeout=60) as response:
@@ -238,7 +276,7 @@ def test_an_abort_in_mid_flight_leaves_the_others_exact(
     assert 0 < counts[0] < LONG
     assert counts[1:] == [LONG] * 3
     for final in finals:
-        check(PROMPT, final, reference)
+        check(PROMPT, final, reference, SLOW)
 
 
 def test_partial_rollouts_resume_their_schedule_and_prefix_hits_do_not_move_it(
@@ -248,31 +286,30 @@ def test_partial_rollouts_resume_their_schedule_and_prefix_hits_do_not_move_it(
     first = generate(server, prompt, 10)
     check(prompt, first, reference)
     so_far = prompt + first["output_ids"]
-    second = generate(server, so_far, 15, annealing={**FAST, "position_offset": 10})
+    resumed = {**FAST, "position_offset": 10}
+    second = generate(server, so_far, 15, annealing=resumed)
     assert second["meta_info"]["cached_tokens"] > 60
-    check(so_far, second, reference, offset=10)
+    check(so_far, second, reference, resumed)
 
 
 # --- other things that requests ask for --------------------------------------------------------
 
 
-def test_logprobs_of_prompt_tokens_are_those_of_the_same_request_without_schedule(
+def test_logprobs_of_prompt_tokens_are_the_models_at_temperature_one(
     server: ServerProcess, reference: Reference
 ) -> None:
+    """Beside those of the answer, SGLang's own, which are at the schedule's temperature."""
     prompt = [*range(200, 220)]
-    wanted = {"return_logprob": True, "logprob_start_len": 0}
-    annealed = generate(server, prompt, 8, **wanted)
-    plain = generate(server, prompt, 8, annealing=None, **wanted)
-    check(prompt, annealed, reference)
-
-    def values(answer: dict[str, Any]) -> list[float]:
-        entries = answer["meta_info"]["input_token_logprobs"]
-        assert [token for _, token, _ in entries] == prompt
-        return [value for value, _, _ in entries[1:]]  # the first token has none
-
-    assert values(annealed) == pytest.approx(values(plain), abs=LOGPROB_TOLERANCE)
-    outputs = [value for value, _, _ in annealed["meta_info"]["output_token_logprobs"]]
-    assert outputs == pytest.approx(annealed["meta_info"]["logprobs"], abs=LOGPROB_TOLERANCE)
+    answer = generate(server, prompt, 8, return_logprob=True, logprob_start_len=0)
+    check(prompt, answer, reference)
+    entries = answer["meta_info"]["input_token_logprobs"]
+    assert [token for _, token, _ in entries] == prompt
+    logits = reference.logits(prompt[:1], prompt[1:]).log_softmax(-1)
+    want = logits.gather(1, torch.tensor(prompt[1:]).unsqueeze(1)).flatten().tolist()
+    got = [value for value, _, _ in entries[1:]]  # the first token has none
+    assert got == pytest.approx(want, abs=LOGPROB_TOLERANCE)
+    outputs = [value for value, _, _ in answer["meta_info"]["output_token_logprobs"]]
+    assert outputs == pytest.approx(answer["meta_info"]["logprobs"], abs=LOGPROB_TOLERANCE)
 
 
 def test_a_seed_decides_the_tokens_whoever_else_is_in_the_batch(
@@ -308,17 +345,6 @@ def test_seeded_tokens_have_the_distribution_that_is_reported(server: ServerProc
     assert p_value > 1e-6
 
 
-def test_an_embedding_request_on_a_generating_server_is_sglangs_own_matter(
-    server: ServerProcess,
-) -> None:
-    """The route knows no `annealing`; what it says and that the server lives does not change."""
-    body = {"model": "tiny", "input": "hello"}
-    plain = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
-    asked = httpx.post(f"{server.url}/v1/embeddings", json={**body, "annealing": FAST}, timeout=60)
-    assert plain.status_code == asked.status_code == 400
-    assert len(generate(server, PROMPT, 3)["output_ids"]) == 3
-
-
 # --- other ways to run the server --------------------------------------------------------------
 
 
@@ -334,53 +360,133 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return start
 
 
-def test_a_mode_that_cannot_be_exact_is_refused_with_its_reason(start: Any) -> None:
-    """The other such modes do not start on a CPU; test_plugin.py goes through them all."""
-    with start(SGLANG_RETURN_ORIGINAL_LOGPROB="1") as process:
+def check_refused(process: ServerProcess, flag: str) -> None:
+    """A schedule or the arrays are a 400 that names the flag on every route; plain requests work.
+
+    Plain requests of one token: SGLang's verification of drafts dies on a CPU.
+    """
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    text = {"model": "tiny", "prompt": "hi", "max_tokens": 1}
+    params = {"max_new_tokens": 1}
+    calls: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = []
+    for fields in ({"annealing": {}}, {"rollout": True}, {"custom_params": {"annealing": {}}}):
+        named = tuple(fields)
+        native = {"text": "hi", "sampling_params": {**params, **fields}}
+        calls.append(("POST", "/v1/chat/completions", {**chat, **fields}, named))
+        calls.append(("POST", "/v1/completions", {**text, **fields}, named))
+        calls.append(("POST", "/generate", native, named))
+    rollouts = {"prompts": ["hi"], "n": 2, "sampling_params": params}
+    calls.append(("POST", "/v1/rollouts", {**rollouts, "annealing": {}}, ("annealing",)))
+    calls.append(("POST", "/v1/rollouts", rollouts, ("rollout",)))
+    calls.append(("PUT", "/v1/annealing", {"annealing": {}}, ("annealing",)))
+    for method, route, body, named in calls:
+        headers = process.admin_headers
+        answer = httpx.request(method, process.url + route, json=body, headers=headers, timeout=60)
+        assert answer.status_code == 400, (route, body, answer.text)
+        assert flag in answer.text
+        if named != ("custom_params",):  # such an answer keeps SGLang's shape
+            assert answer.json()["error"]["param"] in named, (route, body)
+
+    plain = {"text": "hi", "sampling_params": params}
+    assert len(post(process, "/generate", plain)["output_ids"]) == 1
+    for route, body in (("/v1/chat/completions", chat), ("/v1/completions", text)):
+        (choice,) = post(process, route, body)["choices"]
+        assert choice["finish_reason"] == "length"
+
+
+def test_speculative_decoding_is_refused(start: Any) -> None:
+    with start("--speculative-algorithm", "NGRAM", "--skip-server-warmup") as process:
         process.wait_until_ready()
-        message = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-        for fields in ({"annealing": {}}, {"rollout": True}, {"custom_params": {"annealing": {}}}):
-            for route, body in (
-                ("/v1/chat/completions", {"model": "tiny", **message, **fields}),
-                ("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 3, **fields}}),
-            ):
-                answer = httpx.post(f"{process.url}{route}", json=body, timeout=60)
-                assert answer.status_code == 400, (route, fields)
-                assert "SGLANG_RETURN_ORIGINAL_LOGPROB" in answer.text
-        plain = {"model": "tiny", **message, "logprobs": True}
-        assert len(post(process, "/v1/chat/completions", plain)["choices"]) == 1
+        check_refused(process, "--speculative-algorithm")
 
 
-def test_an_embedding_server_embeds_and_ignores_a_default_schedule(start: Any) -> None:
+# What deterministic inference needs, see SGLang's batch_invariant_ops: kernels in Triton
+DETERMINISTIC = ("--attention-backend", "triton")
+
+
+@pytest.mark.gpu
+def test_rl_on_policy_target_is_refused(start: Any) -> None:
+    with start("--rl-on-policy-target", "fsdp", *DETERMINISTIC) as process:
+        process.wait_until_ready()
+        check_refused(process, "--rl-on-policy-target")
+
+
+@pytest.mark.gpu
+def test_deterministic_inference_repeats_an_annealed_answer_bit_by_bit(start: Any) -> None:
+    """Alone or among others. Which token a seed draws: test_cpu_kernels.py."""
+    with start("--enable-deterministic-inference", *DETERMINISTIC) as process:
+        process.wait_until_ready()
+
+        def one(seed: int) -> dict[str, Any]:
+            return generate(process, PROMPT, 40, sampling_seed=seed, return_logprob=True)
+
+        alone = one(7)
+        with ThreadPoolExecutor(8) as pool:
+            others = list(pool.map(one, range(8)))
+        for name in ("temperatures", "logprobs", "model_logprobs"):
+            assert others[7]["meta_info"][name] == alone["meta_info"][name]
+        assert others[7]["output_ids"] == alone["output_ids"]
+        assert len({tuple(answer["output_ids"]) for answer in others}) == 8
+        for answer in others:
+            meta = answer["meta_info"]
+            assert meta["temperatures"] == pytest.approx(expected_temperatures(FAST, 40), abs=1e-6)
+            sglangs = [value for value, *_ in meta["output_token_logprobs"]]
+            assert meta["logprobs"] == pytest.approx(sglangs, abs=1e-4)
+        params = {"max_new_tokens": 12, "ignore_eos": True}
+        body = {"prompts": ["def "], "n": 8, "annealing": FAST, "sampling_params": params}
+        (group,) = post(process, "/v1/rollouts", body)["groups"]
+        assert len({tuple(answer["token_ids"]) for answer in group["answers"]}) == 8
+
+
+def test_an_embedding_server_embeds_and_refuses_to_generate(start: Any) -> None:
+    """A default schedule is no obstacle."""
     with start("--is-embedding", EAD_ANNEALING="{}") as process:
         process.wait_until_ready()
         body = {"model": "tiny", "input": "hello"}
-        annealed = {"text": "x", "sampling_params": {"max_new_tokens": 2, "annealing": FAST}}
-        refused = httpx.post(f"{process.url}/generate", json=annealed, timeout=60)
-        assert refused.status_code == 400
-        assert "its model does not generate" in refused.text
-        plain = post(process, "/v1/embeddings", body)
-        asked = post(process, "/v1/embeddings", {**body, "annealing": FAST})
-        vectors = [answer["data"][0]["embedding"] for answer in (plain, asked)]
+        params = {"max_new_tokens": 2}
+        elsewhere, embeds = "annealing: not on this route", "does not generate on this server"
+        for route, asked, says in (
+            ("/v1/embeddings", {**body, "annealing": FAST}, elsewhere),
+            ("/encode", {"text": "hello", "annealing": FAST}, elsewhere),
+            ("/generate", {"text": "x", "sampling_params": {**params, "annealing": FAST}}, embeds),
+            ("/generate", {"text": "x", "sampling_params": params}, embeds),
+            ("/v1/rollouts", {"prompts": ["x"], "n": 2, "sampling_params": params}, embeds),
+            ("/v1/completions", {"model": "tiny", "prompt": "x", "annealing": FAST}, embeds),
+        ):
+            refused = httpx.post(process.url + route, json=asked, timeout=60)
+            assert refused.status_code == 400, (route, refused.text)
+            assert says in refused.json()["error"]["message"]
+        vectors = [post(process, "/v1/embeddings", body)["data"][0]["embedding"] for _ in range(2)]
         assert len(vectors[0]) > 8
         assert vectors[1] == pytest.approx(vectors[0], abs=1e-4)  # the second hits the prefix cache
 
 
-PARALLEL = [("--tp", "2"), ("--dp", "2")]
-
-
-@pytest.mark.parametrize("flags", PARALLEL, ids=" ".join)
-def test_parallel_servers_anneal_exactly(
-    start: Any, reference: Reference, flags: tuple[str, str]
+def test_parallel_ranks_anneal_exactly_and_draw_differently(
+    start: Any, reference: Reference
 ) -> None:
+    """Two data-parallel ranks of two tensor-parallel ranks each.
+
+    The two of one model sample each for itself, so they must draw alike: else what one of them
+    computes next is about another token, and no log-probability is right. Two data-parallel ranks
+    must not, or a group of 8 answers, 4 to a rank, holds each answer twice.
+    """
     cores = sorted(os.sched_getaffinity(0))
     binding = f"{cores[0]}|{cores[-1]}"  # SGLang wants it said where each rank computes
-    with start(*flags, SGLANG_CPU_OMP_THREADS_BIND=binding) as process:
+    flags = ("--tp", "2", "--dp", "2")
+    with start(*flags, SGLANG_CPU_OMP_THREADS_BIND=f"{binding}|{binding}") as process:
         process.wait_until_ready()
         with ThreadPoolExecutor(8) as pool:
             calls = [pool.submit(generate, process, [*PROMPT, i], 30 + i) for i in range(8)]
             for index, call in enumerate(calls):
                 check([*PROMPT, index], call.result(timeout=120), reference)
+        params = {"max_new_tokens": 12, "ignore_eos": True}
+        for prompt in ("def ", "class ", "for "):
+            body = {"prompts": [prompt], "n": 8, "annealing": FAST, "sampling_params": params}
+            (group,) = post(process, "/v1/rollouts", body)["groups"]
+            assert len({tuple(answer["token_ids"]) for answer in group["answers"]}) == 8
+        log = process.log.read_text(errors="replace")
+        for rank in ("DP0 TP0", "DP1 TP0"):
+            assert re.search(rf"{rank}\] Decode batch", log), rank  # each had its share
 
 
 @pytest.fixture(scope="module")

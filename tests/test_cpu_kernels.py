@@ -7,10 +7,14 @@ what is and is not found on the search path run in fresh interpreters.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +123,67 @@ def test_murmur_hash_is_uniform_enough_to_sample_from() -> None:
     # Mean of 65536 uniform numbers: standard deviation 0.0011, so 6 of them; false alarm 2e-9.
     uniform = hash_of(list(range(64)), [5] * 64, list(range(1024))).to(torch.float64) / U32
     assert abs(uniform.mean().item() - 0.5) < 0.0068
+
+
+@torch.no_grad()
+def test_a_seeded_row_draws_the_token_of_its_seed_position_and_temperature() -> None:
+    """SGLang's Sampler as --enable-deterministic-inference makes it, with our hooks around it.
+
+    The token is the best of logits / tau + Gumbel noise, hashed from seed, position and token id;
+    also in another batch. No server starts in this mode on a CPU.
+    """
+    from sglang.srt.layers.sampler import Sampler
+
+    from ead_sampler import parse_annealing, sampling
+    from ead_sampler.rows import AnnealedRows, RowRequest
+    from ead_sampler.selftest import sampling_info, standalone_sampler
+
+    vocabulary, prompt = 200, 3
+    logits = 3 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(0))
+    linear = {"schedule": "linear", "length": 40.0, "tau_max": 2.0, "tau_min": 0.2}
+    rows = [  # seed, position of the last token, tau of the next: at t = position - 2
+        *(
+            (seed, position, 2.0 - 1.8 * (position - 2) / 40)
+            for seed in (1, 7)
+            for position in (5, 22)
+        ),
+        *((seed, 22, None) for seed in (1, 7)),
+    ]
+    rows = [(seed + group, *rest) for group in range(10) for seed, *rest in rows]
+
+    def noise(seed: int, position: int, token: int) -> float:
+        uniform = murmur3(seed, position, token) / U32
+        return -math.log(-math.log(min(max(uniform, 1e-300), 1 - 2**-32)))
+
+    def draw(batch: list[Any]) -> tuple[list[int], torch.Tensor]:
+        asked = [
+            RowRequest(prompt, parse_annealing(linear) if tau is not None else None)
+            for _, _, tau in batch
+        ]
+        seeds = torch.tensor([seed for seed, _, _ in batch])
+        info = replace(sampling_info(len(batch), vocabulary, "cpu", 0.7), sampling_seed=seeds)
+        setattr(info, sampling.ROWS, AnnealedRows.build(asked, "cpu"))
+        output = SimpleNamespace(
+            next_token_logits=logits.repeat(len(batch), 1), auxiliary_device_output=None
+        )
+        sampling.keep_model_logprobs(None, output, info)
+        positions = torch.tensor([position for _, position, _ in batch])
+        nothing: tuple[Any, ...] = (False, [0] * len(batch), [[]] * len(batch))
+        with torch.compiler.set_stance("force_eager"):
+            tokens = sampling.sample(Sampler.forward, sampler, output, info, *nothing, positions)
+        return tokens.tolist(), output.auxiliary_device_output.values
+
+    sampler = standalone_sampler("cpu", enable_deterministic_inference=True)
+    tokens, values = draw(rows)
+    for (seed, position, tau), token, (at, logprob, *_) in zip(rows, tokens, values, strict=True):
+        tau = 0.7 if tau is None else tau
+        scores = [logits[i].item() / tau + noise(seed, position, i) for i in range(vocabulary)]
+        assert token == scores.index(max(scores))
+        assert at.item() == pytest.approx(tau, rel=1e-6)
+        want = (logits.double() / tau).log_softmax(-1)[token].item()
+        assert logprob.item() == pytest.approx(want, abs=1e-5)
+    assert len(set(tokens)) > 5
+    assert draw(rows[7:20])[0] == tokens[7:20]
 
 
 # ---------------------------------------------------------------------------------------------

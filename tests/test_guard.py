@@ -38,6 +38,9 @@ ADMIN_ROUTES = [
     ("POST", "/configure_logging"),
     ("PUT", "/v1/annealing"),
     ("PUT", "/v1/annealing/step"),
+    ("POST", "/v1/weights/tensors"),
+    ("POST", "/v1/weights/disk"),
+    ("POST", "/v1/weights/distributed"),
 ]
 HEALTH = ["/health", "/health/live", "/health/ready", "/ready", "/health_generate"]
 

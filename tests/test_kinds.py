@@ -207,6 +207,8 @@ def test_every_kind_has_its_formula_here() -> None:
 def test_every_kind_equals_its_formula(
     raw: Raw, step: int | None, offset: int, tokens: list[tuple[int, float]]
 ) -> None:
+    if raw["schedule"] == "branch" and "threshold" not in raw:
+        offset = 0  # or it is refused
     raw = {**raw, "step": step, "position_offset": offset}
     expected = [FORMULAS[raw["schedule"]](t + offset, raw, h) for t, h in tokens]
     positions = torch.tensor([t for t, _ in tokens])
@@ -309,6 +311,11 @@ EAD = {"schedule": "ead"}
         ({"schedule": "two_stage", "switch": 1.5}, "annealing.switch", "an integer in [0, "),
         ({"schedule": "entropy", "exponent": 0}, "annealing.exponent", "[0.01, 100.0], got 0"),
         ({"schedule": "branch", "top": 1}, "annealing.top", "[0.001, 0.999], got 1"),
+        (
+            {"schedule": "branch", "position_offset": 1},
+            "annealing.threshold",
+            "is required with position_offset",
+        ),
         (
             {"schedule": "entropy", "mean_matched": {"temperature": 1.0, "tokens": 9}},
             "annealing.mean_matched",

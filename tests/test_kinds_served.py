@@ -165,6 +165,34 @@ def test_a_resumed_segment_continues_its_clock_from_the_tokens_in_the_prompt(
         assert answer["meta_info"]["temperatures"] == pytest.approx(want, abs=1e-5)
 
 
+def test_a_resumed_branch_continues_from_the_threshold_that_its_entropies_had_led_to(
+    client: Client,
+) -> None:
+    """Also where the answer is cut in the middle, by the route for partial rollouts."""
+    raw = {"schedule": "branch", "threshold": 9.0, "rate": 0.5, "top": 0.5, "step": 0}
+    kwargs: dict[str, Any] = {"entropies": True, "ignore_eos": True}
+    answer = client.rollouts(["def "], annealing=raw, max_new_tokens=30, **kwargs)
+    before = answer.groups[0].answers[0].rollout
+    assert before is not None
+    assert before.entropies is not None
+    cut, threshold = 20, 9.0
+    for h in before.entropies[:cut].tolist():
+        threshold += 0.5 * ((h > threshold) - 0.5)
+    assert threshold < 7.0  # 9.0 is above all entropies (ln 1024): it falls, and then follows them
+    prompt = {"text": "def ", "prefix_token_ids": before.token_ids[:cut].tolist()}
+    with pytest.raises(RequestRefused, match=r"annealing\.threshold: is required"):
+        client.rollouts([prompt], annealing={"schedule": "branch"}, max_new_tokens=3)
+    resumed = {**raw, "threshold": threshold}
+    answer = client.rollouts([prompt], annealing=resumed, max_new_tokens=20, **kwargs)
+    after = answer.groups[0].answers[0].rollout
+    assert after is not None
+    assert after.entropies is not None
+    entropies = [*before.entropies[:cut], *after.entropies]
+    want = walk(raw, [0] * len(entropies), [float(h) for h in entropies])
+    assert after.temperatures.tolist() == pytest.approx(want[cut:], abs=1e-6)
+    assert 1.2 in want[cut : cut + 20]  # which starting anew at 9.0 would not reach in 8 tokens
+
+
 def test_rollout_false_anneals_without_arrays(server: ServerProcess, reference: Reference) -> None:
     """SGLang's own log-probabilities show that the temperatures were those of the schedule."""
     schedule = {"schedule": "two_stage", "switch": 6, "tau_max": 1.5, "tau_min": 0.4}

@@ -1,5 +1,6 @@
 """One more server, started so that everything moves: two tokenizer workers, chunked and mixed
-prefill, incremental streams, and requests retracted all the time. Schedules must not notice."""
+prefill, incremental streams, and requests retracted all the time, for want of memory and besides.
+Schedules must not notice."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ FLAGS = (
     *("--tokenizer-worker-num", "2"),
     *("--chunked-prefill-size", "64", "--enable-mixed-chunk"),
     "--incremental-streaming-output",
+    # memory for a few requests, and a scheduler that lets in more than will fit
+    *("--max-total-tokens", "1024", "--schedule-conservativeness", "0.1"),
 )
 
 
@@ -37,7 +40,12 @@ def restless(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_schedules_survive_retraction_chunks_and_several_workers(
     restless: ServerProcess, reference: Reference
 ) -> None:
-    schedules = [FAST, {"preset": "paper", "step": 0}, {**FAST, "position_offset": 9}]
+    info = httpx.get(f"{restless.url}/server_info", timeout=30).json()
+    assert info["enable_mixed_chunk"] is True  # and not switched off for want of something
+    assert info["chunked_prefill_size"] == 64
+    # falling at every token, so that each shows its t
+    slow = {**FAST, "decay": 90.0}
+    schedules = [slow, {"preset": "paper", "step": 10}, {**slow, "position_offset": 9}]
 
     def one(index: int) -> Rollout:
         with Client(restless.url, timeout=240) as client:  # a connection of its own
@@ -58,8 +66,9 @@ def test_schedules_survive_retraction_chunks_and_several_workers(
         assert np.abs(rollout.temperatures - want).max() < 1e-6
         check_against_reference(rollout, reference)
 
-    log = restless.log.read_text(errors="replace")
-    assert "Testing retraction" in log  # or this test has shown less than it says
+    log = restless.log.read_text(errors="replace")  # or this test has shown less than it says
+    assert "Testing retraction" in log
+    assert "KV cache pool is full. Retract requests" in log
 
 
 def test_clocks_and_thresholds_survive_retraction_too(

@@ -178,6 +178,25 @@ def test_without_a_schedule_the_request_s_own_temperature_holds(client: Client) 
         assert rollout.sampling["top_k"] == 4
 
 
+def test_answers_of_a_group_never_share_a_seed() -> None:
+    """Answers with one seed would be one answer."""
+    seeds = []
+
+    class Engine:
+        async def token_ids(self, prompt: Any) -> list[int]:
+            return [1]
+
+        async def generate(self, token_ids: list[int], params: dict[str, Any]) -> Any:
+            if params["max_new_tokens"]:
+                seeds.append(params["sampling_seed"])
+                raise ValueError("not generated")
+
+    params = {"max_new_tokens": 3, "sampling_seed": 5}
+    group = rollouts.Group(0, rollouts.Prompt(text="x"), 3, params)
+    asyncio.run(group.run(Engine()))  # type: ignore[arg-type]
+    assert seeds == [5, 6, 7]
+
+
 def test_groups_arrive_as_they_complete(client: Client) -> None:
     """A short prompt's group is there while a long one is still generated."""
     prompts = [{"text": "a", "n": 1}, {"text": "b", "n": 1}]
@@ -323,6 +342,11 @@ def test_the_client_retries_with_a_key_and_not_without() -> None:
         ({"prompts": ["x"], "annealing": {"tau_max": 1e9}}, "annealing.tau_max", "[0.01, 10.0]"),
         ({"prompts": ["x"], "sampling_params": {"n": 2}}, "sampling_params.n", "own field `n`"),
         ({"prompts": ["x"], "sampling_params": {"q": 2}}, "sampling_params.q", "unknown key"),
+        (
+            {"prompts": ["x"], "sampling_params": {"sampling_seed": "7"}},
+            "sampling_params.sampling_seed",
+            "must be an integer, got '7'",
+        ),
         (
             {"prompts": ["x"], "annealing": {}, "sampling_params": {"temperature": 0.5}},
             "temperature",

@@ -131,28 +131,47 @@ def test_sampled_frequencies_fit_the_temperature_and_not_temperature_one(
     assert p_value(1.0) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "cuts",
-    [{"top_k": 5}, {"top_p": 0.4}, {"min_p": 0.3}, {"top_k": 20, "top_p": 0.6, "min_p": 0.1}],
-)
+CUTS: list[dict[str, Any]] = [
+    {"top_k": 5},
+    {"top_p": 0.4},
+    {"min_p": 0.3},
+    {"top_k": 20, "top_p": 0.6, "min_p": 0.1},
+    {},
+    {"top_k": 3},
+]
+
+
 def test_logprobs_are_renormalised_over_what_the_cuts_keep(
-    client: Client, reference: Reference, cuts: dict[str, float]
+    client: Client, reference: Reference
 ) -> None:
-    answer = client.complete("class ", annealing=FAST, max_tokens=30, ignore_eos=True, **cuts)
-    rollout = answer.choices[0].rollout
-    assert rollout is not None
-    assert rollout.sampling == {"top_p": 1.0, "top_k": -1, "min_p": 0.0, **cuts}
-    logits = reference.logits(rollout.prompt_token_ids, rollout.token_ids)
-    for t, token in enumerate(rollout.token_ids):
-        probs = (logits[t] / float(rollout.temperatures[t])).softmax(-1)
-        order = np.argsort(-probs.numpy())
-        ordered = probs.numpy()[order]
-        kept = np.cumsum(ordered) - ordered <= cuts.get("top_p", 1.0)
-        kept &= np.arange(len(ordered)) < cuts.get("top_k", len(ordered))
-        kept &= ordered >= ordered[0] * cuts.get("min_p", 0.0)
-        assert int(token) in order[kept].tolist()
-        want = math.log(float(probs[token]) / ordered[kept].sum())
-        assert abs(rollout.logprobs[t] - want) < LOGPROB_TOLERANCE
+    """All in one batch, beside a greedy request: each row with its own cuts."""
+
+    def one(index: int) -> Rollout:
+        fields = {"annealing": FAST, **CUTS[index]} if index < len(CUTS) else {"temperature": 0}
+        answer = client.complete(
+            f"class {index}", rollout=True, max_tokens=60, ignore_eos=True, **fields
+        )
+        assert answer.choices[0].rollout is not None
+        return answer.choices[0].rollout
+
+    with ThreadPoolExecutor(len(CUTS) + 1) as pool:
+        *rollouts, greedy = pool.map(one, range(len(CUTS) + 1))
+    assert greedy.logprobs.tolist() == greedy.temperatures.tolist() == [0.0] * 60
+    for cuts, rollout in zip(CUTS, rollouts, strict=True):
+        assert rollout.sampling == {"top_p": 1.0, "top_k": -1, "min_p": 0.0, **cuts}
+        taus = expected_temperatures(FAST, 60)
+        assert np.abs(rollout.temperatures - taus).max() < 1e-6
+        logits = reference.logits(rollout.prompt_token_ids, rollout.token_ids)
+        for t, token in enumerate(rollout.token_ids):
+            probs = (logits[t] / taus[t]).softmax(-1).numpy()
+            order = np.argsort(-probs)
+            ordered = probs[order]
+            kept = np.cumsum(ordered) - ordered <= cuts.get("top_p", 1.0)
+            kept &= np.arange(len(ordered)) < cuts.get("top_k", len(ordered))
+            kept &= ordered >= ordered[0] * cuts.get("min_p", 0.0)
+            assert int(token) in order[kept].tolist()
+            want = math.log(probs[token] / ordered[kept].sum())
+            assert abs(rollout.logprobs[t] - want) < LOGPROB_TOLERANCE
 
 
 def test_model_logprobs_ignore_penalties_and_bias(client: Client, reference: Reference) -> None:
@@ -193,6 +212,8 @@ def test_every_prompt_and_sample_gets_its_own_arrays(client: Client, reference: 
         assert rollout.prompt_token_ids is not None
         assert rollout.prompt_token_ids.tolist() == prompts[choice.index // 3]
         assert rollout.finish_reason == choice.finish_reason
+        want = expected_temperatures(FAST, len(rollout))
+        assert np.abs(rollout.temperatures - want).max() < 1e-6
         check_against_reference(rollout, reference)
     assert len({tuple(choice.rollout.token_ids) for choice in answer.choices if choice.rollout}) > 3
 
@@ -247,6 +268,34 @@ def test_a_stream_carries_every_token_once(client: Client, reference: Reference,
         assert len(whole) == 30
         assert np.abs(whole.temperatures - expected_temperatures(FAST, 30)).max() < 1e-6
         check_against_reference(whole, reference)
+
+
+def test_a_stream_of_completions_carries_every_token_once_too(
+    server: ServerProcess, reference: Reference
+) -> None:
+    """Two prompts times two answers, whose chunks are mixed."""
+    prompts = [reference.tokenizer(text)["input_ids"] for text in ("def ", "class Choice")]
+    body = {"model": "tiny", "prompt": prompts, "n": 2, "max_tokens": 20, "ignore_eos": True}
+    answers: dict[int, dict[str, Any]] = {index: {} for index in range(4)}
+    with httpx.stream(
+        "POST",
+        f"{server.url}/v1/completions",
+        json={**body, "annealing": FAST, "stream": True},
+        timeout=60,
+    ) as response:
+        for line in response.iter_lines():
+            for choice in json.loads(line[6:])["choices"] if line.startswith("data: {") else ():
+                for name, value in (choice.get("rollout") or {}).items():
+                    told = answers[choice["index"]]
+                    more = isinstance(value, list) and name != "prompt_token_ids"
+                    told[name] = told.get(name, []) + value if more else value
+    for index, told in answers.items():
+        rollout = Rollout.model_validate(told)
+        assert len(rollout) == 20
+        assert rollout.prompt_token_ids is not None
+        assert rollout.prompt_token_ids.tolist() == prompts[index // 2]
+        assert np.abs(rollout.temperatures - expected_temperatures(FAST, 20)).max() < 1e-6
+        check_against_reference(rollout, reference)
 
 
 def test_the_async_client_runs_many_requests_at_once(

@@ -19,7 +19,7 @@ from ead_client import Client, Rollout
 from ead_sampler import parse_annealing
 from ead_server import models
 from ead_server.process import ServerProcess
-from trainer_bridge import RolloutBatch, WeightPublisher, load_policy, token_logprobs
+from trainer_bridge import ModelConfig, Sample, SyncConfig, load_policy, weight_publisher
 
 SCHEDULE = {"tau_max": 1.4, "tau_min": 0.4, "decay": 30.0, "warmup": 2, "step": 0}
 
@@ -30,13 +30,18 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="module")
-def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     flags = ["--dtype", "float32"]
     with ServerProcess(flags, tmp_path_factory.mktemp("smollm2") / "server.log") as process:
         process.wait_until_ready()
-        key = process.admin_api_key
-        with Client(process.url, model="smollm2", admin_api_key=key, timeout=300) as client:
-            yield client
+        yield process
+
+
+@pytest.fixture(scope="module")
+def real(server: ServerProcess) -> Iterator[Client]:
+    key = server.admin_api_key
+    with Client(server.url, model="smollm2", admin_api_key=key, timeout=300) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +99,11 @@ def test_log_probabilities_equal_a_hugging_face_forward(
 
 
 def test_published_weights_are_the_ones_served_although_embedding_and_head_are_tied(
-    smollm2: Path, real: Client, tmp_path: Path
+    smollm2: Path, real: Client
 ) -> None:
-    policy, tokenizer = load_policy(smollm2, "cpu")
+    policy, tokenizer = load_policy(ModelConfig(path=str(smollm2)), "cpu")
     prompt = tokenizer("The sea is")["input_ids"]
-    publisher = WeightPublisher(real, tmp_path, dtype=torch.float32)
+    publisher = weight_publisher(real, SyncConfig())
 
     def gap() -> float:
         """Largest difference between the server's log pi and the trainer's, over 32 tokens."""
@@ -106,7 +111,7 @@ def test_published_weights_are_the_ones_served_although_embedding_and_head_are_t
         rollout = sampled.choices[0].rollout
         assert rollout is not None
         with torch.no_grad():
-            ours, _ = token_logprobs(policy, RolloutBatch.build([rollout], pad_token_id=0))
+            ours = policy(policy.batch([Sample.of(rollout)])).logprobs
         return float(np.abs(rollout.model_logprobs - ours.numpy()).max())
 
     assert gap() < 1e-3
@@ -115,5 +120,25 @@ def test_published_weights_are_the_ones_served_although_embedding_and_head_are_t
         for parameter in policy.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
     assert gap() > 0.02
-    publisher.publish(policy, 1)
+    report = publisher.publish(policy.named_weights(), 1)
     assert gap() < 1e-3
+    assert report.num_bytes == 4 * sum(parameter.numel() for parameter in policy.parameters())
+
+
+def test_weights_that_come_over_http_take_little_of_the_server_s_memory(
+    smollm2: Path, server: ServerProcess, real: Client
+) -> None:
+    """538 MB of them; what the HTTP process grows by at its highest."""
+    policy, _ = load_policy(ModelConfig(path=str(smollm2)), "cpu")
+    process = Path(f"/proc/{server.process.pid}")
+
+    def resident(name: str) -> int:
+        """MB now (VmRSS), or at its highest since it was last forgotten (VmHWM)."""
+        lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        return int(lines[name].split()[0]) // 1000
+
+    before = resident("VmRSS")
+    (process / "clear_refs").write_text("5")
+    report = weight_publisher(real, SyncConfig()).publish(policy.named_weights(), 2)
+    assert report.num_bytes > 500e6
+    assert resident("VmHWM") - before < 50

@@ -1,21 +1,34 @@
-"""From annealed rollouts to on-device GRPO updates, and the new weights back to the server."""
+"""From annealed rollouts to on-device GRPO updates, and the new weights back to the server.
 
-from trainer_bridge.batch import RolloutBatch
-from trainer_bridge.grpo import GrpoConfig, GrpoTrainer, StepReport
-from trainer_bridge.losses import GrpoLoss, LossMetrics, group_advantages, grpo_loss
-from trainer_bridge.policy import load_policy, token_logprobs
-from trainer_bridge.weights import WeightPublisher
+`ead train` is trainer_bridge.loop. For a trainer of your own, these names; each is loaded when it
+is first used, since reward workers import this package and must not pay for torch.
+"""
 
-__all__ = [
-    "GrpoConfig",
-    "GrpoLoss",
-    "GrpoTrainer",
-    "LossMetrics",
-    "RolloutBatch",
-    "StepReport",
-    "WeightPublisher",
-    "group_advantages",
-    "grpo_loss",
-    "load_policy",
-    "token_logprobs",
-]
+from importlib import import_module
+from typing import Any
+
+_FROM = {
+    "batch": ("RolloutBatch", "Sample"),
+    "logprobs": ("TokenLogprobs", "linear_logprobs"),
+    "advantages": ("AdvantageConfig", "advantages", "groups_with_signal", "overlong_penalty"),
+    "losses": ("LossConfig", "aggregation_weights", "kl_estimate", "policy_loss"),
+    "corrections": ("CorrectionConfig", "correction_metrics", "correction_weights"),
+    "policy": ("ModelConfig", "Policy", "load_policy"),
+    "trainer": ("OptimizerConfig", "ScoredAnswers", "Trainer", "UpdateConfig"),
+    "rewards": ("Async", "Batched", "RewardConfig", "RewardFailure"),
+    "reward_runner": ("RewardRunner",),
+    "tasks": ("Problem", "Task", "TaskConfig"),
+    "evaluate": ("EvaluationConfig", "evaluate"),
+    "weights": ("SyncConfig", "weight_publisher"),
+    "config": ("TrainConfig", "read_config"),
+    "loop": ("train",),
+}
+_MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,60 +1,239 @@
-"""The policy being trained: loading it, and the log-probabilities of sampled tokens under it."""
+"""The policy being trained: a Hugging Face causal LM, whole or through LoRA adapters.
+
+One module from a packed batch to the log-probabilities of its trained tokens, so that FSDP sees one
+root and the full logits never exist.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ead_sampler import device as engine
-from trainer_bridge.batch import RolloutBatch
+from trainer_bridge import ranks
+from trainer_bridge.batch import RolloutBatch, Sample
+from trainer_bridge.errors import UnsupportedModel
+from trainer_bridge.logprobs import TokenLogprobs, linear_logprobs
+from trainer_bridge.settings import Settings
 
-TOKENS_PER_CHUNK = 1024  # rows of [tokens, vocabulary] logits that exist at once
+
+class LoraConfig(Settings):
+    """Low-rank adapters (arXiv 2106.09685) in place of training every weight."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    targets: str | list[str] = Field("all-linear", description="modules, as peft names them")
 
 
-def load_policy(path: str | Path, device: torch.device | str | None = None) -> tuple[Any, Any]:
-    """A Hugging Face causal LM in float32, and its tokenizer. device: default GPU if any.
+class ModelConfig(Settings):
+    """Which policy is trained, and how it is computed."""
 
-    float32 holds the small updates that bfloat16 would round away; the server may serve bfloat16.
+    path: str = Field("smollm2", description="folder or hub name; smollm2 is embedded")
+    lora: LoraConfig | None = Field(None, description="none: every weight is trained")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the forward pass; the trained weights themselves are float32, which holds "
+        "the small steps that bfloat16 would round away",
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more compute")
+    attention: str = Field("sdpa", description="transformers' attn_implementation")
+    share_prompts: bool = Field(
+        True,
+        description="compute the prompt of a group once; only with sdpa, and not for models whose "
+        "layers see a window of the last tokens",
+    )
+
+
+class Policy(nn.Module):
+    """log pi, log pi at tau_t and entropy of a batch's trained tokens; see `forward`."""
+
+    def __init__(
+        self,
+        model: Any,
+        compute_dtype: torch.dtype = torch.float32,
+        *,
+        share_prompts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype
+        config = model.config.get_text_config()
+        self.shares_prompts = (
+            share_prompts
+            and config._attn_implementation == "sdpa"
+            and getattr(config, "sliding_window", None) is None
+        )
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them
+        self._scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        device: torch.device = next(self.parameters()).device
+        return device
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether only LoRA adapters are trained."""
+        return hasattr(self.model, "peft_config")
+
+    def batch(self, samples: Sequence[Sample]) -> RolloutBatch:
+        """The samples as this policy takes them."""
+        return RolloutBatch.build(samples, self.device, share_prompts=self.shares_prompts)
+
+    def forward(self, batch: RolloutBatch, *, tempered: bool = False) -> TokenLogprobs:
+        """Each float32 [N], with gradients; `tempered` at the batch's temperatures if asked for.
+
+        Without a mask of the batch's, position_ids that begin again tell transformers that the
+        samples do not see each other.
+        """
+        base = self._base
+        with torch.autocast(
+            batch.input_ids.device.type,
+            torch.bfloat16,
+            enabled=self.compute_dtype == torch.bfloat16,
+        ):
+            hidden = base.get_decoder()(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=None if batch.attends is None else batch.attends[None, None],
+                use_cache=False,
+            ).last_hidden_state[0]
+        head = base.get_output_embeddings()
+        return linear_logprobs(
+            hidden[batch.predictors].to(self.compute_dtype),
+            head.weight.to(self.compute_dtype),
+            batch.targets,
+            temperatures=batch.temperatures if tempered else None,
+            bias=head.bias,
+            softcap=self._softcap,
+            scale=self._scale,
+        )
+
+    @property
+    def _base(self) -> Any:
+        """The causal LM itself."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    def shard(self) -> None:
+        """Divide the weights among the ranks of `torchrun`; nothing with one process."""
+        ranks.shard(self, self._base.get_decoder().layers)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """A folder that transformers and SGLang load. Every rank must call it."""
+        weights = {name: weight.cpu().contiguous() for name, weight in self.named_weights()}
+        if ranks.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            for part in (self._base.config, self._base.generation_config, tokenizer):
+                part.save_pretrained(folder)
+
+    def without_adapters(self) -> Any:
+        """A context in which the policy is the model that its adapters were put on."""
+        return self.model.disable_adapter() if self.has_adapters else nullcontext()
+
+    @torch.no_grad()
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's weights by the names of its checkpoint, adapters merged in, a tied one once.
+
+        Sharded weights are gathered one by one: every rank must walk through all of them.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        base = self._base
+        weights = {}
+        merged = {
+            name: module for name, module in base.named_modules() if hasattr(module, "base_layer")
+        }
+        for name, weight in base.state_dict().items():
+            if ".lora_" in name:
+                continue
+            module = merged.get(name.removesuffix(".base_layer.weight"))
+            if module is not None and name.endswith(".weight"):
+                weight = weight + module.get_delta_weight("default").to(weight.dtype)
+            weights[name.replace(".base_layer.", ".")] = weight
+        untied = remove_tied_weights_from_state_dict(weights, base)
+        for name, weight in revert_weight_conversion(base, untied).items():
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            yield name, whole.detach()
+
+
+def load_policy(
+    config: ModelConfig, device: torch.device | str | None = None
+) -> tuple[Policy, Any]:
+    """The policy with float32 weights, and its tokenizer. device: default GPU if any.
+
+    Raises UnsupportedModel when the policy's packed log-probabilities are not the model's own.
     """
     engine.choose()  # beside a CPU build of torch, transformers needs our torchvision schemas
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.to(device), AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.path, dtype=torch.float32, attn_implementation=config.attention
+    ).to(device)
+    _check(Policy(model, share_prompts=config.share_prompts))
+    if config.lora is not None:
+        model = _with_adapters(model, config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.lora is not None:
+            model.enable_input_require_grads()
+    policy = Policy(model, getattr(torch, config.compute_dtype), share_prompts=config.share_prompts)
+    return policy.train(), AutoTokenizer.from_pretrained(config.path)
 
 
-def token_logprobs(model: Any, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-    """log pi of every generated token at temperature 1, and the entropy of pi there (nats).
+def _with_adapters(model: Any, config: LoraConfig) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UnsupportedModel("model.lora needs: pip install peft") from None
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=config.targets,
+            task_type="CAUSAL_LM",
+        ),
+    )
 
-    Both float32 [N]; the log-probabilities carry gradients, the entropies do not. The logits of
-    all tokens never exist at once: the LM head runs in chunks, recomputed in the backward pass.
+
+@torch.no_grad()
+def _check(policy: Policy) -> None:
+    """Three short samples packed, two with the same prompt, give what the model gives for each.
+
+    Catches models that do not keep packed samples apart (recurrent ones), and logits that are more
+    than a linear head with the corrections that we know.
     """
-    hidden = model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    # the hidden state at position p predicts the token at p + 1
-    hidden = hidden[:, :-1][batch.generated[:, 1:]]
-    targets = batch.input_ids[:, 1:][batch.generated[:, 1:]]
-    head = model.get_output_embeddings()
-    chunks = [
-        checkpoint(_head_logprobs, head, rows, ids, use_reentrant=False)
-        for rows, ids in zip(
-            hidden.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True
-        )
+    policy.eval()
+    ids = [np.array(tokens) for tokens in ([7, 14, 21, 28, 35], [7, 14, 21, 9], [11, 22, 33])]
+    trained = [np.arange(len(tokens)) >= min(3, len(tokens) - 1) for tokens in ids]
+    numbers = [np.zeros(int(part.sum()), np.float32) for part in trained]
+    samples = [
+        Sample(tokens, part, zeros, zeros, zeros)
+        for tokens, part, zeros in zip(ids, trained, numbers, strict=True)
     ]
-    logprobs, entropies = (torch.cat(column) for column in zip(*chunks, strict=True))
-    return logprobs, entropies
-
-
-def _head_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    log_softmax = logits.log_softmax(dim=-1)
-    with torch.no_grad():
-        entropies = torch.special.entr(log_softmax.exp()).sum(dim=-1)
-    return log_softmax.gather(1, targets.view(-1, 1)).squeeze(1), entropies
+    want = []
+    for sample in samples:
+        tokens = torch.from_numpy(sample.token_ids).to(policy.device)
+        rows = policy.model(tokens[None]).logits[0, sample.prompt_length - 1 : -1].float()
+        chosen = tokens[sample.prompt_length :, None]
+        want.append(rows.log_softmax(-1).gather(1, chosen).squeeze(1))
+    error = (policy(policy.batch(samples)).logprobs - torch.cat(want)).abs().max().item()
+    if not error < 1e-2:
+        kind = type(policy.model).__name__
+        raise UnsupportedModel(
+            f"{kind}: packed log-probabilities differ from the model's own by {error:.2g} nats"
+        )

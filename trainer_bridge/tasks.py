@@ -1,61 +1,132 @@
-"""The built-in task: problems from reasoning-gym that a 135M model sometimes solves.
+"""Tasks: endless, reproducible problems and the function that scores answers to them.
 
-`letter_counting` with two worked examples. SmolLM2-135M-Instruct at temperature 1 solved 32% of
-24 problems x 4 answers, and 88% of the groups of four had both right and wrong answers; answers
-are 4 tokens long on average. Sums, products, sorting and reversing stayed below 22%.
+Two are built in, any dataset of reasoning-gym and a file of mathematics; a user's own is named as
+"module:object". They are settings and nothing else, so that they travel to reward workers as they
+are; what is heavy is made where it is first used.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, Literal, Protocol, runtime_checkable
 
-_SYSTEM = "Answer with the number only."
-_EXAMPLES = (
-    ('How many times does the letter "o" appear in the text: "good to go"?', "4"),
-    ('How many times does the letter "a" appear in the text: "a red car"?', "2"),
-)
+from pydantic import Field
 
+from trainer_bridge.rewards import RewardFunction
+from trainer_bridge.settings import Settings
 
-@dataclass(frozen=True)
-class LetterCountingProblem:
-    """A question as a chat, and reasoning-gym's own entry, which its verifier wants."""
-
-    messages: tuple[dict[str, str], ...]
-    entry: dict[str, Any]
+Split = Literal["train", "eval"]
+Messages = tuple[dict[str, str], ...]
 
 
-class LetterCounting:
-    """Counting a letter in a few words, checked by reasoning-gym's exact verifier."""
+class Problem(Protocol):
+    """Something to solve, asked as a chat. Picklable; it holds what its reward needs."""
 
-    def __init__(self, *, min_words: int = 2, max_words: int = 4) -> None:
-        self._words = {"min_words": min_words, "max_words": max_words}
-
-    def problems(self, count: int, seed: int) -> list[LetterCountingProblem]:
-        """`count` problems; the same for the same seed."""
-        data = self._dataset(count, seed)
-        return [LetterCountingProblem(_chat(entry["question"]), entry) for entry in data]
-
-    def reward(self, problem: LetterCountingProblem, answer: str) -> float:
-        """1.0 when the last whole number of `answer` is right, else 0.0: no partial credit."""
-        numbers = re.findall(r"\d+", answer)
-        if not numbers:
-            return 0.0
-        score = self._dataset(1, 0).score_answer(numbers[-1], problem.entry)
-        return 1.0 if score == 1.0 else 0.0
-
-    def _dataset(self, size: int, seed: int) -> Any:
-        import reasoning_gym
-
-        return reasoning_gym.create_dataset("letter_counting", size=size, seed=seed, **self._words)
+    @property
+    def messages(self) -> Sequence[Mapping[str, str]]: ...
 
 
-def _chat(question: str) -> tuple[dict[str, str], ...]:
-    messages = [{"role": "system", "content": _SYSTEM}]
-    for asked, answered in _EXAMPLES:
-        messages += [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": answered},
+@runtime_checkable
+class Task(Protocol):
+    """Problems by number, and how their answers are scored.
+
+    A task may also have `final_answer(answer: str) -> str | None`: the part of an answer that votes
+    in maj@k, None where there is none.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reward(self) -> RewardFunction: ...
+
+    def problem(self, index: int, split: Split = "train") -> Problem:
+        """The same for the same index (0, 1, ...), for ever; no problem is in both splits.
+
+        Raises IndexError beyond the last problem, where there is a last one.
+        """
+        ...
+
+
+_BUILT_IN = {
+    "reasoning-gym": "trainer_bridge.gym_task:ReasoningGym",
+    "math": "trainer_bridge.math_task:MathFile",
+}
+
+
+# SmolLM2-135M-Instruct at temperature 1 solves a third of these.
+LETTER_COUNTING = {
+    "dataset": "letter_counting",
+    "settings": {"min_words": 2, "max_words": 4},
+    "system": "Answer with the number only.",
+    "examples": (
+        ('How many times does the letter "o" appear in the text: "good to go"?', "4"),
+        ('How many times does the letter "a" appear in the text: "a red car"?', "2"),
+    ),
+    "answer_pattern": r"\d+",
+}
+
+
+class TaskConfig(Settings):
+    """Which task, with which parameters. Without any: one that the embedded model can learn."""
+
+    kind: str = Field(
+        "reasoning-gym",
+        description='"reasoning-gym", "math", or "module:object" for a task of your own, called '
+        "with the parameters",
+        pattern=r"^(reasoning-gym|math|[\w.]+:[\w.]+)$",
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=lambda data: LETTER_COUNTING if data["kind"] == "reasoning-gym" else {},
+        description="of the task, see its class; reasoning-gym's default: counting letters",
+    )
+
+    def build(self) -> Task:
+        """The task. Raises ValueError or TypeError for wrong parameters, ImportError."""
+        task = _named(_BUILT_IN.get(self.kind, self.kind))(**self.parameters)
+        if not isinstance(task, Task):
+            raise TypeError(f"{self.kind} made {task!r:.100}, which lacks name, problem or reward")
+        return task
+
+
+def _named(path: str) -> Any:
+    module, _, names = path.partition(":")
+    found: Any = import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+class Chat(Settings):
+    """How questions are asked, and which of them are kept for evaluation."""
+
+    system: str = Field(default="", description="system message; empty: none")
+    examples: tuple[tuple[str, str], ...] = Field(
+        default=(), description="worked examples, (question, answer), before each question"
+    )
+    seed: int = Field(default=0, description="of the order of the training problems")
+    eval_share: float = Field(
+        default=0.1, gt=0, lt=1, description="share of all questions that is kept for evaluation"
+    )
+
+    def ask(self, question: str) -> Messages:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [
+            {"role": role, "content": text}
+            for example in self.examples
+            for role, text in zip(("user", "assistant"), example, strict=True)
         ]
-    return (*messages, {"role": "user", "content": question})
+        return (*system, *turns, {"role": "user", "content": question})
+
+
+def split_of(question: str, eval_share: float) -> Split:
+    """By the question's text alone: whatever else differs, no question is in both."""
+    return "eval" if stable_hash("split", question) < eval_share * 2**64 else "train"
+
+
+def stable_hash(*parts: str | int) -> int:
+    """A hash in [0, 2^64) that is the same in every process and version."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8])

@@ -7,7 +7,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -308,7 +308,7 @@ class Client(_Calls):
         """The answer piece by piece; leaving the iteration ends the generation."""
         body = self._body(annealing, rollout, {"messages": list(messages), **fields})
         check = _StreamCheck(body)
-        with self._stream(CHAT, {**body, "stream": True}) as response:
+        with self.stream(CHAT, {**body, "stream": True}) as response:
             for line in response.iter_lines():
                 chunk = check.chunk(line)
                 if chunk is not None:
@@ -372,16 +372,23 @@ class Client(_Calls):
             texts=texts,
         )
         stream = _GroupStream(body)
-        with self._stream(ROLLOUTS, body, headers) as response:
+        with self.stream(ROLLOUTS, body, headers) as response:
             for data in response.iter_bytes():
                 yield from stream.feed(data)
         stream.check_end()
 
     @contextlib.contextmanager
-    def _stream(
-        self, path: str, body: Json, headers: Mapping[str, str] | None = None
+    def stream(
+        self,
+        path: str,
+        body: Json,
+        headers: Mapping[str, str] | None = None,
+        *,
+        admin: bool = False,
     ) -> Iterator[httpx.Response]:
-        """An answer still arriving, its status checked; what breaks it raises EadError."""
+        """POST to any route, for an answer that is read as it arrives; its status is checked, and
+        what breaks it later raises EadError too. admin: see `request`."""
+        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
         try:
             with self._http.stream("POST", path, json=body, headers=headers) as response:
                 if response.status_code >= 400:
@@ -397,12 +404,14 @@ class Client(_Calls):
         path: str,
         body: Json | None = None,
         *,
+        content: Iterable[bytes] | None = None,
         repeatable: bool | None = None,
         admin: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         """Any route of the server. Raises EadError; see `retries`.
 
+        body: JSON. content: in its place, bytes that are sent as they come, and once only.
         repeatable: whether doing it twice is harmless (default: for GET). admin: send the admin
         key, if there is one: for weights, schedule, step, pauses and aborts.
         """
@@ -412,13 +421,17 @@ class Client(_Calls):
         while True:
             try:
                 try:
-                    response = self._http.request(method, path, json=body, headers=headers)
+                    response = self._http.request(
+                        method, path, json=body, content=content, headers=headers
+                    )
                 except httpx.HTTPError as error:
                     raise _transport_error(error) from error
                 _check_status(response)
                 return response
             except EadError as error:
-                if not self._may_retry(error, attempt, repeatable=repeatable):
+                if content is not None or not self._may_retry(
+                    error, attempt, repeatable=repeatable
+                ):
                     raise
             attempt += 1
             time.sleep(self._wait_before(attempt))
@@ -502,7 +515,7 @@ class AsyncClient(_Calls):
         """See Client.stream_chat."""
         body = self._body(annealing, rollout, {"messages": list(messages), **fields})
         check = _StreamCheck(body)
-        async with self._stream(CHAT, {**body, "stream": True}) as response:
+        async with self.stream(CHAT, {**body, "stream": True}) as response:
             async for line in response.aiter_lines():
                 chunk = check.chunk(line)
                 if chunk is not None:
@@ -559,17 +572,23 @@ class AsyncClient(_Calls):
             texts=texts,
         )
         stream = _GroupStream(body)
-        async with self._stream(ROLLOUTS, body, headers) as response:
+        async with self.stream(ROLLOUTS, body, headers) as response:
             async for data in response.aiter_bytes():
                 for group in stream.feed(data):
                     yield group
         stream.check_end()
 
     @contextlib.asynccontextmanager
-    async def _stream(
-        self, path: str, body: Json, headers: Mapping[str, str] | None = None
+    async def stream(
+        self,
+        path: str,
+        body: Json,
+        headers: Mapping[str, str] | None = None,
+        *,
+        admin: bool = False,
     ) -> AsyncIterator[httpx.Response]:
-        """See Client._stream."""
+        """See Client.stream."""
+        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
         try:
             async with self._http.stream("POST", path, json=body, headers=headers) as response:
                 if response.status_code >= 400:
@@ -585,6 +604,7 @@ class AsyncClient(_Calls):
         path: str,
         body: Json | None = None,
         *,
+        content: AsyncIterable[bytes] | None = None,
         repeatable: bool | None = None,
         admin: bool = False,
         headers: Mapping[str, str] | None = None,
@@ -596,13 +616,17 @@ class AsyncClient(_Calls):
         while True:
             try:
                 try:
-                    response = await self._http.request(method, path, json=body, headers=headers)
+                    response = await self._http.request(
+                        method, path, json=body, content=content, headers=headers
+                    )
                 except httpx.HTTPError as error:
                     raise _transport_error(error) from error
                 _check_status(response)
                 return response
             except EadError as error:
-                if not self._may_retry(error, attempt, repeatable=repeatable):
+                if content is not None or not self._may_retry(
+                    error, attempt, repeatable=repeatable
+                ):
                     raise
             attempt += 1
             await asyncio.sleep(self._wait_before(attempt))

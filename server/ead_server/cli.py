@@ -132,6 +132,67 @@ def demo(
 
 
 @app.command()
+def train(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(help="A TOML file, and settings such as optimizer.learning_rate=1e-5."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="For everything that the run leaves.")] = Path(
+        "runs/train"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
+    ] = False,
+) -> None:
+    """Train a policy by GRPO on annealed rollouts. Starts a server if `server.url` names none.
+
+    Several GPUs: torchrun --nproc-per-node 8 -m ead_server.cli train config.toml
+
+    Example: ead train examples/letters.toml steps=20 --folder runs/letters
+    """
+    from ead_server import training
+
+    with _said_plainly():
+        training.run(config or [], folder, resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(help="A TOML file, and settings such as evaluation.problems=200."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="For a server's log.")] = Path("runs/eval"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure pass@k, worst@k, maj@k and the mean reward on held-out problems.
+
+    The settings are those of `ead train`; the section `evaluation` says how many problems and
+    answers, and how they are decoded.
+
+    Example: ead eval examples/letters.toml evaluation.problems=16 --json
+    """
+    from ead_server import training
+
+    with _said_plainly():
+        training.run_evaluation(config or [], folder, as_json=as_json)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Of a run.")] = Path("runs/train"),
+) -> None:
+    """Draw a run's curves again and say where they are.
+
+    Example: ead plot runs/letters
+    """
+    from trainer_bridge.report import draw_curves
+
+    with _said_plainly():
+        print(draw_curves(folder))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -162,12 +223,14 @@ def pull(
 @contextmanager
 def _said_plainly() -> Iterator[None]:
     """What a user can act on is a sentence on stderr and exit status 1, not a stack trace."""
+    from ead_client import EadError
     from ead_server.models import ModelPullError
     from ead_server.process import ServerFailed
+    from trainer_bridge.errors import BridgeError
 
     try:
         yield
-    except (ModelPullError, ServerFailed) as error:
+    except (ModelPullError, ServerFailed, EadError, BridgeError) as error:
         print(f"ead: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 

@@ -6,11 +6,12 @@ few GRPO steps against the same server, and draw what happened.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -20,9 +21,6 @@ from rich.text import Text
 from ead_sampler import device
 from ead_server import models
 from ead_server.process import ServerProcess
-
-if TYPE_CHECKING:
-    from trainer_bridge import StepReport
 
 QUESTION = "Tell me one surprising fact about the sea, in one sentence."
 # The paper's numbers are sized for long mathematics; these anneal within forty tokens.
@@ -63,12 +61,14 @@ def run(*, steps: int, out: Path, port: int) -> None:
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; the server is stopped.\n"
         f"Picture: [bold]{picture}[/] (schedule, temperatures used, entropy by position)\n"
+        f"Run: [bold]{out / 'train'}[/] (settings, metrics, answers, curves, the trained model)\n"
         "Next:\n"
         "  .venv/bin/ead serve                      # the same server, for your own requests\n"
         "  curl http://127.0.0.1:30000/v1/chat/completions -H 'content-type: application/json' \\\n"
         '    -d \'{"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}],\n'
         '         "annealing": {"preset": "paper"}}\'\n'
-        "  .venv/bin/ead serve --model-path MODEL   # any other model; all SGLang flags pass",
+        "  .venv/bin/ead serve --model-path MODEL   # any other model; all SGLang flags pass\n"
+        "  .venv/bin/ead train examples/letters.toml",
         soft_wrap=True,
     )
 
@@ -110,58 +110,44 @@ def _ask(console: Console, url: str) -> list[Any]:
 
 
 def _train(console: Console, server: ServerProcess, model: Path, steps: int, out: Path) -> None:
-    """GRPO on a verifiable task; one line of figures per step."""
-    import torch
+    """What `ead train` does, on a verifiable task; one line of figures per step."""
     from transformers.utils import logging
 
     from ead_client import Client
-    from trainer_bridge import GrpoConfig, GrpoTrainer, WeightPublisher, load_policy
-    from trainer_bridge.tasks import LetterCounting
+    from ead_server.training import WaitedFor
+    from trainer_bridge import TrainConfig
+    from trainer_bridge.loop import train
+    from trainer_bridge.report import Display
 
     logging.disable_progress_bar()  # ours is enough
-    with _waiting(console, "loading the policy"):
-        policy, tokenizer = load_policy(model)
-    config = GrpoConfig(
-        prompts_per_step=6,
-        samples_per_prompt=6,
-        max_new_tokens=16,
-        annealing=TRAIN_SCHEDULE,
-        learning_rate=2e-6,
+    config = TrainConfig.model_validate(
+        {
+            "steps": steps,
+            "model": {"path": str(model)},
+            "rollout": {
+                "prompts_per_step": 6,
+                "samples_per_prompt": 6,
+                "max_new_tokens": 16,
+                "annealing": TRAIN_SCHEDULE,
+            },
+            "optimizer": {"learning_rate": 2e-6},
+            "update": {"tokens_per_forward": 1024},
+            "checkpoint": {"every": 0},
+        }
     )
-    with Client(server.url, admin_api_key=server.admin_api_key) as client:
-        publisher = WeightPublisher(client, out / "weights", dtype=getattr(torch, DTYPE))
-        trainer = GrpoTrainer(config, policy, tokenizer, LetterCounting(), client, publisher)
-        console.print(
-            f"{config.prompts_per_step} problems x {config.samples_per_prompt} answers a step; "
-            "reward: exact verifier of reasoning-gym's letter_counting; the policy at temperature "
-            f"1 is trained,\nannealed answers weighted by w = min(pi_old / mu, "
-            f"{config.loss.correction_cap:g}) per token; AdamW {config.learning_rate:g}",
-            soft_wrap=True,
-        )
-        for step in range(steps):
-            with _waiting(console, f"step {step}") as say:
-                report = trainer.step(step, say)
-            _report(console, report)
-
-
-def _report(console: Console, report: StepReport) -> None:
-    """Two lines of figures for one step."""
-    loss = report.loss
-    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items())
-    first = (
-        f"reward [bold]{report.reward:.3f}[/] (groups that teach: {report.groups_with_signal:.0%})",
-        f"mean tau [bold]{report.temperature:.3f}[/]",
-        f"weights [bold]{report.rollout_version} -> {report.weight_version}[/]",
-        f"grad norm {report.grad_norm:.2f}",
+    console.print(
+        f"{config.rollout.prompts_per_step} problems x {config.rollout.samples_per_prompt} answers "
+        "a step; reward: exact verifier of reasoning-gym's letter_counting; trained: the policy at "
+        f"{config.correction.trained_policy}, annealed answers\nweighted by w = min(pi_old / mu, "
+        f"{config.correction.cap:g}) per token; AdamW {config.optimizer.learning_rate:g}; "
+        "mismatch: server's log pi against the trainer's, nats",
+        soft_wrap=True,
     )
-    second = (
-        f"w: mean {loss.weight_mean:.3f}, max {loss.weight_max:.2f}, "
-        f"capped {loss.weight_capped:.1%}, ESS {loss.effective_sample_size:.3f}",
-        f"server's log pi vs trainer's: {report.mismatch:.1e} nats",
-        phases,
-    )
-    for line in (first, second):
-        console.print("  " + "   ".join(line), soft_wrap=True, highlight=False)
+    run = out / "train"
+    shutil.rmtree(run, ignore_errors=True)  # of the demo before
+    client = Client(server.url, admin_api_key=server.admin_api_key)
+    with client, Display(console, config.steps) as display:
+        train(config, run, WaitedFor(client, 60.0), display)
 
 
 def _draw(rollouts: Sequence[dict[str, Any]], path: Path) -> None:

@@ -28,16 +28,23 @@ from ead_server import metrics, settings
 from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
 from ead_server.errors import openai_error
 from ead_server.settings import Settings
+from ead_server.weight_files import WeightsRefused, files_of, tensors_in
+from ead_server.weights import served_weights
 
 OPEN = ("/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/ping")
 OUR_ADMIN_ROUTES = {("PUT", "/v1/annealing"), ("PUT", "/v1/annealing/step")}
+STREAMED = ("/v1/weights/tensors",)  # bodies that are worked on as they come, whatever their size
 # They carry pickled data, which this server does not unpack, whoever sends it.
 PICKLED = (
     "/update_weights_from_tensor",
     "/update_weights_from_ipc",
     "/load_lora_adapter_from_tensors",
 )
-LOADED_FROM = {"/update_weights_from_disk": "model_path", "/load_lora_adapter": "lora_path"}
+LOADED_FROM = {
+    "/v1/weights/disk": "folder",
+    "/update_weights_from_disk": "model_path",
+    "/load_lora_adapter": "lora_path",
+}
 
 log = logging.getLogger("ead.requests")
 
@@ -114,7 +121,8 @@ class Guard:
             body: bytes | Refusal | None = (
                 self._refused_key(current, call.method, path, scope)
                 or _draining(call)
-                or await self._body(call, scope, receive)
+                or _incomplete(call, is_admin=self._is_admin(call.method, path, scope))
+                or (b"" if path in STREAMED else await self._body(call, scope, receive))
             )
             if isinstance(body, bytes):
                 body = _refused_load(current, path, body) or body
@@ -122,7 +130,8 @@ class Guard:
                 call.refused = body.reason
                 await _refuse(observed, body)
             elif body is not None:
-                await self.app(scope, replay(body, receive), observed)
+                receive = receive if path in STREAMED else replay(body, receive)
+                await self.app(scope, receive, observed)
         finally:
             current_call.reset(token)
             _tell(call)
@@ -222,11 +231,22 @@ def _draining(call: Call) -> Refusal | None:
     return Refusal(503, "the server is shutting down", "draining", headers=headers)
 
 
+def _incomplete(call: Call, *, is_admin: bool) -> Refusal | None:
+    """After an update of the weights that broke off, nothing is generated until a whole one."""
+    weights = served_weights()
+    if weights is None or weights.broken is None or call.method in ("GET", "OPTIONS"):
+        return None
+    if call.path == "/continue_generation":
+        return Refusal(409, str(weights.standstill), "weights")
+    headers = ((b"retry-after", b"5"),)
+    return None if is_admin else Refusal(503, str(weights.standstill), "weights", headers=headers)
+
+
 def _refused_load(current: Settings, path: str, body: bytes) -> Refusal | None:
     if path in PICKLED:
         message = (
             f"{path} carries pickled data, which this server does not unpack: use "
-            "/update_weights_from_disk or /update_weights_from_distributed"
+            "/v1/weights/tensors, /v1/weights/disk or /v1/weights/distributed"
         )
         return Refusal(403, message, "weights")
     name = LOADED_FROM.get(path)
@@ -252,6 +272,21 @@ def _refused_load(current: Settings, path: str, body: bytes) -> Refusal | None:
     if not any(folder.glob("*.safetensors")):  # SGLang falls back to unpickling .bin files
         message = f"{name}: must hold *.safetensors files, got {value!r:.200}"
         return Refusal(400, message, "weights", name)
+    return _fatal_shape(folder) if path == "/update_weights_from_disk" else None
+
+
+def _fatal_shape(folder: Path) -> Refusal | None:
+    """SGLang dies of a tensor with another shape than the model's."""
+    weights = served_weights()
+    try:
+        manifest = None if weights is None else weights.manifest
+    except WeightsRefused:  # not known, of a quantised model
+        manifest = None
+    try:
+        if manifest is not None:
+            manifest.check_shapes(tensors_in(files_of(str(folder))))
+    except WeightsRefused as refused:
+        return Refusal(refused.status, str(refused), "weights", refused.param)
     return None
 
 

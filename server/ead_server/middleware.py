@@ -30,8 +30,15 @@ from ead_server.recorder import Recorder
 Json = dict[str, Any]
 
 OPENAI_ROUTES = ("/v1/chat/completions", "/v1/completions", "/invocations")
-# Other dialects, whose requests and answers have no place for our fields: refused, not ignored.
+# Other dialects, whose requests and answers have no place for our fields, and what samples
+# nothing: refused, not ignored.
 WITHOUT_FIELDS = (
+    "/v1/embeddings",
+    "/v1/classify",
+    "/v1/rerank",
+    "/v1/score",
+    "/encode",
+    "/classify",
     "/v1/responses",
     "/v1/messages",
     "/api/chat",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import signal
@@ -17,6 +18,7 @@ from types import TracebackType
 import httpx
 
 HOST = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ServerFailed(RuntimeError):
@@ -26,7 +28,8 @@ class ServerFailed(RuntimeError):
 class ServerProcess:
     """`ead serve` (or another command) on loopback, started now and stopped on exit.
 
-    It has an admin key of its own, `admin_api_key`.
+    It has an admin key of its own, `admin_api_key`, and is told to end when the thread that made
+    it is gone, however that ended (Linux).
 
     port: 0 for any free one. command: without host and port. log: file that takes the server's
     output. Everything that the server starts is in its own process group, and is stopped with it.
@@ -62,6 +65,7 @@ class ServerProcess:
                     **(environ or {}),
                 },
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def wait_until_ready(
@@ -140,7 +144,7 @@ def keep_alive(command: Sequence[str], *, pause_s: float = 1.0) -> int:
     short_runs = 0
     while True:
         started = time.monotonic()
-        child = subprocess.Popen(command, start_new_session=True)
+        child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
         status = child.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # what a killed server left behind
@@ -154,6 +158,12 @@ def keep_alive(command: Sequence[str], *, pause_s: float = 1.0) -> int:
             flush=True,
         )
         time.sleep(pause)
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: SIGTERM when the parent is gone, even by SIGKILL."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def hold_port(host: str, port: int = 0) -> socket.socket:

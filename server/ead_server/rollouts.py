@@ -23,7 +23,9 @@ from ead_sampler.requests import (
     COLUMNS,
     ENTROPIES,
     ROLLOUT,
+    check_generates,
     check_sampling,
+    check_server_mode,
     with_default,
 )
 from ead_sampler.schedule import AnnealingError, parse_annealing
@@ -34,6 +36,9 @@ Json = dict[str, Any]
 
 # SGLang's own defaults, which a model's generation_config would otherwise change silently
 UNTRUNCATED = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+# What SGLang takes for a request without one under --enable-deterministic-inference, where answers
+# of one group would otherwise be copies of each other.
+SEED = 42
 
 
 # --- the request -----------------------------------------------------------------------------
@@ -100,6 +105,7 @@ class RolloutRequest(BaseModel):
 
 def plan(request: RolloutRequest) -> list[Group]:
     """The groups to run, with their checked sampling parameters. Raises AnnealingError."""
+    from sglang.srt.runtime_context import get_server_args
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     params = dict(request.sampling_params)
@@ -108,21 +114,29 @@ def plan(request: RolloutRequest) -> list[Group]:
             raise AnnealingError("sampling_params.n", "is the request's own field `n`")
         if name not in SamplingParams.__struct_fields__:
             raise AnnealingError(f"sampling_params.{name}", "unknown key")
+    seed = params.get("sampling_seed")
+    if seed is not None and type(seed) is not int:
+        raise AnnealingError(
+            "sampling_params.sampling_seed", f"must be an integer, got {seed!r:.80}"
+        )
     said = {ANNEALING: request.annealing} if ANNEALING in request.model_fields_set else {}
     raw = with_default({**params, **said}).get(ANNEALING)
+    check_server_mode({ANNEALING: raw})
     if raw is not None:
         check_sampling(params)
-        # one step for all answers, also if another is set meanwhile
-        raw = parse_annealing(with_step(raw)).model_dump()
+        raw = with_step(raw)  # one step for all answers, also if another is set meanwhile
+        parse_annealing(raw)
     rollout = {ENTROPIES: True} if request.entropies else True
     params = {**UNTRUNCATED, **params}
     groups: list[Group] = []
-    seed = params.get("sampling_seed")
+    if seed is None and get_server_args().enable_deterministic_inference:
+        seed = SEED
     for index, prompt in enumerate(request.prompts):
-        own = raw
-        if raw is not None and "position_offset" not in (request.annealing or {}):
-            own = {**raw, "position_offset": len(prompt.prefix_token_ids)}
-        fields = {**params, ANNEALING: own, ROLLOUT: rollout}
+        fields = {**params, ANNEALING: raw, ROLLOUT: rollout}
+        offset = len(prompt.prefix_token_ids)
+        if raw is not None and offset and "position_offset" not in (request.annealing or {}):
+            fields[ANNEALING] = {**raw, "position_offset": offset}
+            parse_annealing(fields[ANNEALING])
         if seed is not None:
             fields["sampling_seed"] = seed + sum(group.n for group in groups)
         groups.append(Group(index, prompt, prompt.n or request.n, fields, texts=request.texts))
@@ -203,13 +217,14 @@ def _typed(error: Exception) -> Json:
 
 
 class Engine:
-    """SGLang in this process, as `/v1/rollouts` uses it."""
+    """SGLang in this process, as `/v1/rollouts` uses it. Raises AnnealingError if it embeds."""
 
     def __init__(self, app: Any) -> None:
         from sglang.srt.entrypoints.http_server import get_global_state
 
         self.app = app
         self.manager = get_global_state().tokenizer_manager
+        check_generates(self.manager)
 
     async def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens, as SGLang's own routes would make them. Raises ValueError."""

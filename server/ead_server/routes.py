@@ -4,65 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ead_sampler.defaults import default_annealing, set_default_annealing, shared_defaults
 from ead_sampler.kinds import PRESETS
+from ead_sampler.requests import ANNEALING, check_server_mode
 from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
 from ead_server import metrics, packing, preview, settings
 from ead_server.admission import LimitExceeded, check_range
-from ead_server.errors import openai_error
-from ead_server.guard import tell_refused
-from ead_server.rollouts import Engine, Job, KeptJobs, KeyReused, RolloutRequest, plan, until_gone
+from ead_server.rollouts import Engine, Job, KeptJobs, RolloutRequest, plan, until_gone
+from ead_server.routing import OpenAIErrorsRoute
+from ead_server.weights import served_weights
 
 Json = dict[str, Any]
 
 
-class _OpenAIErrorsRoute(APIRoute):
-    """A bad request is a 400 in OpenAI's error shape, naming the field and the allowed range."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except RequestValidationError as error:
-                return _refused(_first(error.errors(), skip=1))
-            except ValidationError as error:
-                return _refused(_first(error.errors(include_url=False), skip=0))
-            except orjson.JSONDecodeError as error:
-                return _refused((f"the request body is not valid JSON: {error}", None))
-            except (AnnealingError, LimitExceeded) as error:
-                tell_refused("schedule" if error.field.startswith("annealing") else "invalid")
-                return _refused((str(error), error.field))
-            except KeyReused as error:
-                return _refused((str(error), "Idempotency-Key"), 422)
-
-        return handle
-
-
-def _first(errors: Any, skip: int) -> tuple[str, str]:
-    """Message and field of the first of pydantic's errors."""
-    first = errors[0]
-    field = ".".join(str(part) for part in first["loc"][skip:]) or "body"
-    return f"{field}: {first['msg']}, got {first['input']!r:.200}", field
-
-
-def _refused(error: tuple[str, str | None], status: int = 400) -> Response:
-    message, field = error
-    return JSONResponse(openai_error(message, field, code=status), status_code=status)
-
-
-router = APIRouter(route_class=_OpenAIErrorsRoute, tags=["annealing"])
+router = APIRouter(route_class=OpenAIErrorsRoute, tags=["annealing"])
 
 
 # --- the schedule and the step of requests that name none ----------------------------------------
@@ -114,6 +77,8 @@ async def read_defaults() -> Defaults:
 @router.put("/v1/annealing")
 async def set_defaults(setting: DefaultsSetting) -> Defaults:
     """Set either or both (admin). Answers in progress keep what they began with."""
+    if setting.annealing is not None:
+        check_server_mode({ANNEALING: setting.annealing})
     if "annealing" in setting.model_fields_set:
         set_default_annealing(setting.annealing)
     if "step" in setting.model_fields_set:
@@ -312,13 +277,17 @@ async def read_alive() -> Health:
 
 @router.get("/health/ready", responses={503: {"model": Health}})
 async def read_ready() -> Response:
-    """200 when requests are taken: the model is loaded, and the server is not shutting down."""
+    """200 when requests are worked on: the model is loaded, nothing paused it, and the server is
+    not shutting down."""
     from sglang.srt.entrypoints.http_server import get_global_state
 
-    state = get_global_state()
-    if state is None or not state.tokenizer_manager.is_ready():
-        draining = state is not None and state.tokenizer_manager.gracefully_exit
-        status = "shutting down" if draining else "starting"
+    state, weights = get_global_state(), served_weights()
+    if state is None or weights is None or not state.tokenizer_manager.is_ready():
+        status = "starting"
+        if state is not None and state.tokenizer_manager.gracefully_exit:
+            status = "shutting down"
+        elif weights is not None and weights.standstill is not None:
+            status = weights.standstill
         return JSONResponse({"status": status}, status_code=503)
     return JSONResponse({"status": "ready"})
 
@@ -328,7 +297,10 @@ async def read_ready() -> Response:
 
 def install_routes(app: FastAPI) -> None:
     """Our routes on the app, and our fields in the description of SGLang's."""
+    from ead_server import weight_routes
+
     app.include_router(router)
+    app.include_router(weight_routes.router)
     describe = app.openapi
 
     def openapi() -> Json:

@@ -1,0 +1,135 @@
+"""`ead train` and `ead eval`, with the server that the settings name or one of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ead_client import Client, ConnectionFailed
+from ead_server import models
+from ead_server.process import ServerProcess
+from trainer_bridge.config import ServerConfig, TrainConfig, read_config
+from trainer_bridge.evaluate import evaluate
+from trainer_bridge.loop import train
+from trainer_bridge.report import Display
+from trainer_bridge.reward_runner import RewardRunner
+
+# `--restart`: a server that dies comes back on the same port, with the same keys
+_COMMAND = (sys.executable, "-m", "ead_server.cli", "serve", "--restart")
+
+
+class WaitedFor:
+    """A server that somebody keeps alive (trainer_bridge.loop.Server)."""
+
+    def __init__(self, client: Client, patience_s: float) -> None:
+        self.client = client
+        self.patience_s = patience_s
+
+    def wait_until_ready(self) -> None:
+        """Return when it takes requests, or would if it had whole weights. Raises
+        ConnectionFailed when that is not so in time."""
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                answer = httpx.get(f"{self.client.base_url}/health/ready", timeout=5)
+                if answer.status_code == 200 or "weights" in answer.json().get("status", ""):
+                    return
+            except (httpx.HTTPError, ValueError):
+                pass  # not there yet, or not a server of ours yet
+            if time.monotonic() > deadline:
+                raise ConnectionFailed(
+                    f"{self.client.base_url} was not ready in {self.patience_s:.0f} s"
+                )
+            time.sleep(0.5)
+
+
+@contextmanager
+def server_for(
+    config: ServerConfig, model: str, folder: Path, say: Callable[[str], None]
+) -> Iterator[WaitedFor]:
+    """The server at `config.url`, or one that serves `model` and is stopped at the end.
+
+    say: told what is waited for. Raises ServerFailed when a server of our own does not start.
+    """
+    if config.url is not None:
+        with Client(
+            config.url,
+            api_key=os.environ.get("EAD_API_KEY"),
+            admin_api_key=os.environ.get("EAD_ADMIN_API_KEY"),
+        ) as client:
+            server = WaitedFor(client, config.patience_s)
+            server.wait_until_ready()
+            yield server
+        return
+    # float32, since a trainer's steps are smaller than bfloat16 resolves
+    arguments = ["--model-path", model, "--dtype", "float32", "--weights-root", str(folder)]
+    log = folder / "server.log"
+    with ServerProcess([*arguments, *config.arguments], log, command=_COMMAND) as process:
+        say(f"starting a server, log in {log}")
+        process.wait_until_ready(config.patience_s)
+        with Client(process.url, admin_api_key=process.admin_api_key) as client:
+            yield WaitedFor(client, config.patience_s)
+
+
+def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
+    """`ead train`: see there. What goes wrong is raised, with what was reached kept in `folder`."""
+    config = _with_model(read_config(arguments))
+    folder.mkdir(parents=True, exist_ok=True)
+    with Display(Console(), config.steps) as display:
+        if int(os.environ.get("RANK", "0")) != 0:
+            train(config, folder, None, display, resume=resume)
+            return
+        with server_for(config.server, config.model.path, folder, display.say) as server:
+            train(config, folder, server, display, resume=resume)
+
+
+def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None:
+    """`ead eval`: see there. Everything but the result goes to stderr."""
+    config = _with_model(read_config(arguments))
+    folder.mkdir(parents=True, exist_ok=True)
+    task = config.task.build()
+    console = Console(stderr=True)
+    with (
+        server_for(config.server, config.model.path, folder, console.print) as server,
+        RewardRunner(task.reward, config.reward) as rewards,
+        Progress(console=console, disable=not console.is_terminal, transient=True) as bar,
+    ):
+        shown = bar.add_task(f"problems of {task.name}")
+        result = evaluate(
+            server.client,
+            task,
+            rewards,
+            config.evaluation,
+            lambda done, total: bar.update(shown, completed=done, total=total),
+        )
+    if as_json:
+        print(result.model_dump_json(indent=1))
+        return
+    table = Table("", "value", "interval", title=f"{result.task}, {result.problems} problems")
+    for name, found in result.estimates.items():
+        table.add_row(name, f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}")
+    out = Console()
+    out.print(table)
+    out.print(
+        f"decoding {json.dumps(result.decoding)}; weights {', '.join(result.weight_versions)}; "
+        f"{result.scored} answers of {result.mean_tokens:.0f} tokens, failed: {result.failures}\n"
+        f"{result.interval}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _with_model(config: TrainConfig) -> TrainConfig:
+    """The settings with the model's name resolved to a folder, where it is an embedded one."""
+    model = config.model.model_copy(update={"path": str(models.resolve(config.model.path))})
+    return config.model_copy(update={"model": model})

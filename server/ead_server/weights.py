@@ -1,0 +1,323 @@
+"""New weights into the engine while it serves, whole or not at all.
+
+However they come, it is one transaction: check everything (`weight_files`); pause; flush the
+cache; load; set the version; continue. What goes wrong before the load leaves the old weights
+serving. What goes wrong in it leaves the engine paused, and `Weights.broken` says why, until a
+whole update has come: half-new weights are never sampled from.
+
+Tensors over HTTP wait in files until the last of them is there. A trainer that dies while it sends
+leaves no trace, and generation pauses for a load from disk only. A broadcast goes straight into the
+engine, which is paused meanwhile, so a trainer that dies in it leaves it paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ead_server.weight_files import (
+    Manifest,
+    Spec,
+    WeightsRefused,
+    files_of,
+    manifest_of,
+    receive_files,
+    tensors_in,
+)
+
+# What becomes of answers in progress. retract: they go on from their tokens, whose keys and values
+# the new weights compute anew, so that each token is from one version and its log-probabilities are
+# that version's. abort: they end where they are. in_place: they go on with the old keys and values,
+# as do new prompts that begin like an old one, and their log-probabilities are no version's.
+Pause = Literal["retract", "abort", "in_place"]
+Seconds = dict[str, float]  # by phase
+Bucket = Sequence[tuple[str, Spec]]
+
+CONNECT_SECONDS = 5.0  # to the trainer, before the engine waits for it
+BUSY_SECONDS = 30.0  # for requests that keep the cache from being flushed
+
+
+class Group(BaseModel):
+    """A process group, to which the trainer, its rank 0, listens. Each new one has a new name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200)
+    master_address: str
+    master_port: int = Field(ge=1, le=65535)
+    backend: Literal["nccl", "gloo"]
+
+
+class NothingLoaded(RuntimeError):
+    """A load failed before it changed anything."""
+
+
+class Weights:
+    """The way to a server's weights. manager: SGLang's TokenizerManager, the only one it has.
+
+    updating: the version that is coming. broken: why what is loaded is no version, if it is none.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self.manager = manager
+        self.updating: str | None = None
+        self.broken: str | None = None
+        self.group: Group | None = None
+
+    @property
+    def version(self) -> str:
+        """What is served, or was before it broke."""
+        return str(self.manager.config_value("weight_version"))
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that a broadcast goes to."""
+        return int(self.manager.server_args.tp_size)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What a version must bring. Raises WeightsRefused where that cannot be known."""
+        return manifest_of(self.manager)
+
+    @property
+    def standstill(self) -> str | None:
+        """Why nothing is generated now; None: it is."""
+        if self.broken is not None:
+            return f"the weights are incomplete, waiting for a whole update: {self.broken}"
+        if not self.manager.is_pause:
+            return None
+        return "paused" if self.updating is None else f"updating to version {self.updating}"
+
+    # --- the three ways, each of which returns seconds and raises WeightsRefused ------------------
+
+    async def from_tensors(self, body: AsyncIterator[bytes], version: str, pause: Pause) -> Seconds:
+        """body: safetensors files, each after its length (uint64, little-endian).
+
+        Takes a few MiB of memory, and room for the weights in the folder for temporary files.
+        """
+        with self._claimed(version):
+            started = time.perf_counter()
+            try:
+                with tempfile.TemporaryDirectory(prefix="ead-weights-") as folder:
+                    await receive_files(body, Path(folder), self.manifest)
+                    transfer = time.perf_counter() - started
+                    load = partial(self._load_folder, folder)
+                    return {"transfer": transfer, **await self._replace(version, pause, load)}
+            except OSError as error:
+                message = f"cannot keep what comes in {tempfile.gettempdir()}: {error.strerror}"
+                raise WeightsRefused(message, status=507) from error
+
+    async def from_disk(self, folder: str, version: str, pause: Pause) -> Seconds:
+        """folder: of safetensors files."""
+        with self._claimed(version):
+            if not Path(folder).is_dir():  # or SGLang would look for it on a hub
+                raise WeightsRefused(f"no folder {folder!r:.200}", param="folder")
+            self.manifest.check_whole(tensors_in(files_of(folder)))
+            load = partial(self._load_folder, folder)
+            return await self._replace(version, pause, load)
+
+    async def from_broadcast(
+        self,
+        buckets: Sequence[Bucket],
+        group: Group,
+        version: str,
+        pause: Pause,
+        say: Callable[[str], None],
+    ) -> Seconds:
+        """Each bucket is one broadcast by the trainer: its tensors' bytes, end to end.
+
+        say: called with "join" when the trainer is to make its side of a new group, and with
+        "receive" when it is to begin.
+        """
+        with self._claimed(version):
+            self.manifest.check_whole(chain.from_iterable(buckets))
+            if self.manager.server_args.dp_size > 1:
+                raise WeightsRefused("SGLang has no broadcast to data-parallel replicas")
+            started = time.perf_counter()
+            if group != self.group:
+                await self._join(group, say)
+            join = time.perf_counter() - started
+            load = partial(self._load_broadcast, buckets, group.name, say)
+            try:
+                return {"join": join, **await self._replace(version, pause, load)}
+            except BaseException:
+                await self._leave()  # which ends the trainer's broadcast
+                raise
+
+    # --- the transaction --------------------------------------------------------------------------
+
+    @contextmanager
+    def _claimed(self, version: str) -> Iterator[None]:
+        if self.updating is not None:
+            message = f"an update to version {self.updating} is in progress"
+            raise WeightsRefused(message, status=409)
+        self.updating = version
+        try:
+            yield
+        finally:
+            self.updating = None
+
+    async def _replace(
+        self, version: str, pause: Pause, load: Callable[[], Awaitable[None]]
+    ) -> Seconds:
+        from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
+
+        started = time.perf_counter()
+        paused_by_user = self.manager.is_pause and self.broken is None
+        await self._stand_still(pause, paused_by_user=paused_by_user)
+        paused = time.perf_counter()
+        try:
+            await load()
+            new = UpdateWeightVersionReqInput(new_version=version, abort_all_requests=False)
+            await self.manager.update_weight_version(new)
+        except BaseException as error:
+            if self.broken is not None or not isinstance(error, NothingLoaded):
+                self.broken = f"the update to version {version} failed, {error!s:.500}"
+            elif not paused_by_user:
+                await self._go_on()
+            raise WeightsRefused(self.broken or str(error), status=500) from error
+        self.broken = None
+        if not paused_by_user:
+            await self._go_on()
+        return {"pause": paused - started, "load": time.perf_counter() - paused}
+
+    async def _stand_still(self, pause: Pause, *, paused_by_user: bool) -> None:
+        """Pause, and flush the cache, which nothing fills before the engine goes on."""
+        from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+        # abort by itself leaves the scheduler running, and in a paused one ends only what waits
+        modes = ["abort", "retract"] if pause == "abort" else [pause]
+        if pause == "abort" and self.manager.is_pause:
+            modes.insert(0, "retract")
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            for mode in modes:
+                await self.manager.pause_generation(PauseGenerationReqInput(mode=mode))
+            flushed = await self.manager.flush_cache()
+            if flushed.success or pause == "in_place" or self.broken is not None:
+                return  # a broken update has left the cache empty
+            if not paused_by_user:
+                await self._go_on()
+            if paused_by_user or time.monotonic() > deadline:
+                raise WeightsRefused("requests keep the cache from being flushed", status=503)
+            await asyncio.sleep(0.1)  # SGLang is compiling the grammar of a request
+
+    async def _go_on(self) -> None:
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+        await self.manager.continue_generation(ContinueGenerationReqInput())
+
+    async def _load_folder(self, folder: str) -> None:
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+        manager = self.manager
+        names = manager.served_model_name, manager.model_path  # SGLang makes the folder both
+        request = UpdateWeightFromDiskReqInput(
+            model_path=folder, load_format="safetensors", flush_cache=False
+        )
+        try:
+            success, message, _ = await manager.update_weights_from_disk(request)
+        finally:
+            manager.served_model_name, manager.model_path = names
+        if not success:
+            raise RuntimeError(message)
+
+    # --- broadcast --------------------------------------------------------------------------------
+
+    async def _load_broadcast(
+        self, buckets: Sequence[Bucket], group_name: str, say: Callable[[str], None]
+    ) -> None:
+        from sglang.srt.managers.io_struct import (
+            BeginWeightUpdateReqInput,
+            EndWeightUpdateReqInput,
+            UpdateWeightsFromDistributedReqInput,
+        )
+
+        manager = self.manager
+        opened, message = await manager.begin_weight_update(BeginWeightUpdateReqInput())
+        if not opened:
+            raise NothingLoaded(message)
+        whole = False
+        try:
+            say("receive")
+            for number, bucket in enumerate(buckets):
+                request = UpdateWeightsFromDistributedReqInput(
+                    names=[name for name, _ in bucket],
+                    dtypes=[spec.dtype for _, spec in bucket],
+                    shapes=[list(spec.shape) for _, spec in bucket],
+                    group_name=group_name,
+                    load_format="flattened_bucket",
+                    flush_cache=False,
+                )
+                success, message = await manager.update_weights_from_distributed(request)
+                if not success:
+                    # of several ranks, others may have received it
+                    nothing = number == 0 and self.num_ranks == 1 and "to receive" in message
+                    raise NothingLoaded(message) if nothing else RuntimeError(message)
+            whole = True
+        finally:
+            end = EndWeightUpdateReqInput()
+            if whole:
+                await manager.end_weight_update(end)
+            else:  # not that: it counts as a step of training, see ead_sampler.plugin
+                await manager._weight_update_session_call(
+                    manager.end_weight_update_communicator, end
+                )
+
+    async def _join(self, group: Group, say: Callable[[str], None]) -> None:
+        from sglang.srt.managers.io_struct import InitWeightsUpdateGroupReqInput
+
+        await self._leave()
+        address = group.master_address, group.master_port
+        try:  # the engine would wait for half an hour
+            async with asyncio.timeout(CONNECT_SECONDS):
+                _, writer = await asyncio.open_connection(*address)
+            writer.close()
+        except OSError as error:  # TimeoutError is one
+            message = f"no trainer at {address[0]}:{address[1]}: {error or 'no answer'}"
+            raise WeightsRefused(message, param="group") from None
+        say("join")
+        success, message = await self.manager.init_weights_update_group(
+            InitWeightsUpdateGroupReqInput(
+                group_name=group.name,
+                master_address=group.master_address,
+                master_port=group.master_port,
+                rank_offset=1,
+                world_size=1 + self.num_ranks,
+                backend=group.backend,
+            )
+        )
+        if not success:
+            raise WeightsRefused(message, param="group")
+        self.group = group
+
+    async def _leave(self) -> None:
+        from sglang.srt.managers.io_struct import DestroyWeightsUpdateGroupReqInput
+
+        group, self.group = self.group, None
+        if group is not None:
+            request = DestroyWeightsUpdateGroupReqInput(group_name=group.name)
+            await self.manager.destroy_weights_update_group(request)
+
+
+_weights: Weights | None = None
+
+
+def served_weights() -> Weights | None:
+    """This server's; None before it is up."""
+    global _weights
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    state = get_global_state()
+    if _weights is None and state is not None:
+        _weights = Weights(state.tokenizer_manager)
+    return _weights

@@ -1,0 +1,346 @@
+"""Runs against a real server: what they leave, what they survive, and that they can be repeated."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import toys
+from conftest import TINY_FLAGS
+from rich.console import Console
+from test_server import expected_temperatures
+from toys import Letters
+
+from ead_client import Client
+from ead_server.process import ServerProcess
+from ead_server.training import WaitedFor
+from trainer_bridge import checkpoint
+from trainer_bridge.batch import RolloutBatch, Sample
+from trainer_bridge.collect import Collector, RolloutConfig
+from trainer_bridge.config import read_config
+from trainer_bridge.errors import BadConfig, StaleRollout, TooFewRollouts
+from trainer_bridge.loop import train
+from trainer_bridge.policy import ModelConfig, load_policy
+from trainer_bridge.report import Display, read_metrics
+from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.rewards import RewardConfig
+
+SCHEDULE = {"tau_max": 1.5, "tau_min": 0.3, "decay": 20.0, "warmup": 3}
+
+
+def settings(model: Path, *more: str) -> list[str]:
+    """A run of seconds, whose every number depends on its seed alone."""
+    return [
+        f"model.path={model}",
+        "task.kind=toys:Letters",
+        "steps=4",
+        "rollout.seeded=true",
+        "rollout.prompts_per_step=3",
+        "rollout.samples_per_prompt=4",
+        "rollout.max_new_tokens=12",
+        "rollout.annealing={tau_max=1.5, tau_min=0.3, decay=20.0, warmup=3}",
+        "optimizer.learning_rate=1e-3",
+        "update.tokens_per_forward=400",
+        "reward.workers=1",
+        "checkpoint.every=1",
+        "report.tensorboard=false",
+        *more,
+    ]
+
+
+@pytest.fixture
+def go(
+    client: Client, tiny_model: Path, tmp_path: Path
+) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+    """Run something to its end on the shared server, which gets its first weights back."""
+
+    def run(*more: str, folder: Path = tmp_path / "run", resume: bool = False) -> Any:
+        config = read_config(settings(tiny_model, *more))
+        with Display(Console(stderr=True), config.steps) as display:
+            train(config, folder, WaitedFor(client, 60), display, resume=resume)
+        return read_metrics(folder)
+
+    yield run
+    original = {"model_path": str(tiny_model), "weight_version": "default"}
+    client.request("POST", "/update_weights_from_disk", original, admin=True)
+
+
+def repeatable(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock."""
+    return [
+        {name: v for name, v in entry.items() if not name.startswith(("time/", "sync/"))}
+        for entry in entries
+    ]
+
+
+def test_a_run_leaves_its_metrics_samples_curves_and_the_model_that_is_served(
+    go: Any, client: Client, tmp_path: Path
+) -> None:
+    entries = go()
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 3]
+    assert all(entry["policy/mismatch"] < 1e-4 for entry in entries)  # trainer and server agree
+    assert all(entry["rollout/answers"] == 12 for entry in entries)
+    folder = tmp_path / "run"
+    for name in ("config.json", "versions.json", "curves.png", "samples/step-000003.jsonl"):
+        assert (folder / name).stat().st_size > 0
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000003",
+        "step-000004",
+    ]
+    assert client.model_info()["weight_version"] == "4"
+    saved, tokenizer = load_policy(ModelConfig(path=str(folder / "model")), "cpu")
+    ids = tokenizer("def ")["input_ids"]
+    sampled = client.complete(ids, rollout=True, max_tokens=16, ignore_eos=True).choices[0].rollout
+    assert sampled is not None
+    with torch.no_grad():
+        want = saved(RolloutBatch.build([Sample.of(sampled)])).logprobs
+    assert np.abs(sampled.model_logprobs - want.numpy()).max() < 1e-4
+
+
+def test_a_folder_that_holds_a_run_is_not_begun_again(go: Any) -> None:
+    go("steps=1")
+    with pytest.raises(BadConfig, match="already holds a run"):
+        go("steps=1")
+
+
+# --- repeated, resumed, cut up -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    client: Client, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """The metrics of four steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = read_config(settings(tiny_model))
+    with Display(Console(stderr=True), config.steps) as display:
+        train(config, folder, WaitedFor(client, 60), display)
+    return read_metrics(folder)
+
+
+def assert_same_run(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
+    assert len(got) == len(want) == 4
+    for ours, theirs in zip(repeatable(got), repeatable(want), strict=True):
+        assert ours == pytest.approx(theirs, rel=5e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("where", ["update", "checkpoint", "sync"])
+def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(
+    where: str,
+    go: Any,
+    uninterrupted: list[dict[str, Any]],
+    server: ServerProcess,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    script = Path(__file__).parent / "killed_run.py"
+    command = [sys.executable, str(script), where, server.url, str(folder), *settings(tiny_model)]
+    environ = {**os.environ, "EAD_ADMIN_API_KEY": server.admin_api_key}
+    killed = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 0 < len(read_metrics(folder)) < 4
+    assert_same_run(go(folder=folder, resume=True), uninterrupted)
+    assert not list((folder / "checkpoints").glob("*.partial"))
+
+
+def test_two_processes_run_as_one_does(
+    uninterrupted: list[dict[str, Any]], server: ServerProcess, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "ead_server.cli", "train", "--folder", str(folder)]
+    command += settings(tiny_model, f"server.url={server.url}")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environ = {
+        **os.environ,
+        "EAD_ADMIN_API_KEY": server.admin_api_key,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+    }
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(read_metrics(folder), uninterrupted)
+
+
+def test_server_and_trainer_killed_and_the_run_goes_on(
+    uninterrupted: list[dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    """`ead train` with a server of its own: the scheduler is killed after the first step, and comes
+    back; the trainer after the second, and its server ends too; the run is resumed."""
+    folder = tmp_path / "run"
+    flags = ", ".join(f'"{flag}"' for flag in TINY_FLAGS)
+    command = [sys.executable, "-m", "ead_server.cli", "train", "--folder", str(folder)]
+    command += settings(tiny_model, f"server.arguments=[{flags}]")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environ = {**os.environ, "PYTHONPATH": path}
+    first = subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    family: list[psutil.Process] = []
+    try:
+        assert first.stdout is not None
+        lines = []
+        for line in first.stdout:
+            lines.append(line)
+            if line.startswith("step 1/4"):
+                family = psutil.Process(first.pid).children(recursive=True)
+                schedulers = [child for child in family if "scheduler" in child.name()]
+                assert schedulers
+                for scheduler in schedulers:
+                    scheduler.kill()
+            if line.startswith("step 2/4"):
+                family = psutil.Process(first.pid).children(recursive=True)
+                first.kill()
+        assert first.wait(60) == -signal.SIGKILL, "".join(lines)
+        assert any("waiting for the server" in line for line in lines), "".join(lines)
+        assert len(family) > 3
+        assert not psutil.wait_procs(family, timeout=60)[1]  # nothing is left running
+    finally:
+        if first.poll() is None:
+            first.kill()
+    second = subprocess.run(
+        [*command, "--resume"], env=environ, capture_output=True, text=True, timeout=300
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert_same_run(read_metrics(folder), uninterrupted)
+
+
+# --- pipelined -----------------------------------------------------------------------------------
+
+
+def test_answers_generated_ahead_are_as_stale_as_allowed_and_no_more(go: Any) -> None:
+    entries = go("rollout.staleness=1", "rollout.max_new_tokens=40", "steps=5")
+    staleness = [entry["rollout/staleness"] for entry in entries]
+    assert staleness[0] == 0
+    assert all(0 <= value <= 1 for value in staleness)
+    assert sum(staleness) > 1  # begun before the update that they waited for
+
+
+# --- what fails is dropped and counted -----------------------------------------------------------
+
+
+@pytest.fixture
+def collector(client: Client, tiny_model: Path) -> Iterator[Callable[..., Collector]]:
+    """A collector of a toy task, on the weights of step 0."""
+    from transformers import AutoTokenizer
+
+    weights = {"model_path": str(tiny_model), "weight_version": "0"}
+    client.request("POST", "/update_weights_from_disk", weights, admin=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    runners: list[RewardRunner] = []
+
+    def make(task: Any, **config: Any) -> Collector:
+        runners.append(RewardRunner(task.reward, RewardConfig(workers=1)))
+        sized = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 12, **config}
+        return Collector(
+            RolloutConfig(annealing=SCHEDULE, **sized), client, task, runners[-1], tokenizer
+        )
+
+    yield make
+    for runner in runners:
+        runner.close()
+    weights["weight_version"] = "default"
+    client.request("POST", "/update_weights_from_disk", weights, admin=True)
+
+
+def test_questions_that_fail_are_dropped_and_counted(collector: Any) -> None:
+    collected = collector(toys.EverySecondTooLong()).collect(0, 0)
+    assert set(collected.answers.group_ids) == {0, 2}
+    assert collected.metrics["rollout/groups_failed"] == 2
+    assert collected.metrics["rollout/answers_failed"] == 8
+    assert collected.position == 4
+
+
+def test_a_step_of_nothing_but_failures_is_an_error(collector: Any) -> None:
+    with pytest.raises(TooFewRollouts, match="'answers_failed': 16"):
+        collector(toys.AllTooLong()).collect(0, 0)
+
+
+def test_answers_whose_reward_failed_are_dropped_and_counted(collector: Any) -> None:
+    collected = collector(toys.SometimesRaises(), samples_per_prompt=8).collect(0, 0)
+    failed = collected.metrics["rollout/rewards_raised"]
+    assert failed > 0
+    assert len(collected.answers.samples) + failed == 32
+    assert all(len(text) % 2 for text in collected.texts)
+
+
+def test_groups_that_teach_nothing_are_replaced(collector: Any) -> None:
+    made = collector(toys.EverySecondTeachesNothing(), refills=3)
+    collected = made.collect(0, 0)
+    assert sorted(set(collected.answers.group_ids)) == [1, 3, 5, 7]
+    assert collected.metrics["rollout/groups_without_signal"] == 4
+    assert collected.position == 8
+
+
+def test_too_long_an_answer_loses_reward_over_the_last_tokens(collector: Any) -> None:
+    plain = collector(Letters(), seeded=True).collect(0, 0).answers
+    short = collector(Letters(), seeded=True, overlong_buffer=10).collect(0, 0).answers
+    for sample, before, after in zip(plain.samples, plain.rewards, short.rewards, strict=True):
+        assert before - after == pytest.approx(max(0, sample.num_trained - 2) / 10)
+
+
+def test_an_aborted_answer_goes_on_where_it_was(client: Client, collector: Any) -> None:
+    made = collector(
+        Letters(), prompts_per_step=1, max_new_tokens=400, sampling={"ignore_eos": True}
+    )
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(made.collect(0, 0)))
+    thread.start()
+    while client.request("GET", "/v1/loads").json()["loads"][0]["num_running_reqs"] < 4:
+        assert thread.is_alive()
+    client.request("POST", "/abort_request", {"abort_all": True}, admin=True)
+    thread.join()
+    (collected,) = results
+    assert collected.metrics["rollout/continued"] >= 1
+    for sample in collected.answers.samples:
+        assert sample.num_trained == 400
+        want = expected_temperatures(SCHEDULE, 400)
+        assert np.abs(sample.temperatures - want).max() < 1e-6
+
+
+def test_answers_from_other_weights_are_refused(client: Client, collector: Any) -> None:
+    with pytest.raises(StaleRollout, match="step 3 wants weights of version 3, an answer came"):
+        collector(Letters()).collect(3, 0)
+
+
+# --- a disk that is full -------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(
+    go: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The operating system refuses files of more than 1000 bytes while the first is written."""
+    saver, calls = checkpoint.state_dict_saver, []
+    save = saver.save
+
+    def cramped(*arguments: Any, **keys: Any) -> Any:
+        calls.append(1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if len(calls) == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            return save(*arguments, **keys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(saver, "save", cramped)
+    entries = go("checkpoint.every=2", "checkpoint.keep=9")
+    assert [entry["checkpoint/failed"] for entry in entries] == [0, 1, 0, 0]
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["step-000003", "step-000004"]  # nothing half written is left
+    assert "trying again" in capsys.readouterr().err

@@ -1,0 +1,322 @@
+"""One update: against plain autograd, whatever way it is cut up."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_batch import rollout
+
+from trainer_bridge.advantages import AdvantageConfig
+from trainer_bridge.batch import Sample
+from trainer_bridge.corrections import CorrectionConfig
+from trainer_bridge.errors import Diverged
+from trainer_bridge.losses import LossConfig
+from trainer_bridge.policy import ModelConfig, Policy, load_policy
+from trainer_bridge.trainer import (
+    OptimizerConfig,
+    ScoredAnswers,
+    Trainer,
+    UpdateConfig,
+)
+
+GROUPS, SIZE = 3, 4
+
+
+def answers(policy: Policy, seed: int = 0) -> ScoredAnswers:
+    """Random answers to three prompts, with numbers as a server of the same weights says them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(count: int, low: int = 3, high: int = 900) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    samples, rewards, group_ids = [], [], []
+    for group in range(GROUPS):
+        prompt = integers(5)
+        for _ in range(SIZE):
+            tokens = integers(integers(1, 1, 9)[0])
+            taus = torch.rand(len(tokens), generator=generator) + 0.5
+            with torch.no_grad():
+                logits = policy.model(torch.tensor([prompt + tokens]).to(policy.device)).logits
+            rows = logits[0, 4:-1].float().cpu()
+            chosen = torch.tensor(tokens)[:, None]
+            log_mu = (rows / taus[:, None]).log_softmax(-1).gather(1, chosen).squeeze(1)
+            log_pi = rows.log_softmax(-1).gather(1, chosen).squeeze(1)
+            turn = rollout(
+                prompt,
+                tokens,
+                temperatures=taus.tolist(),
+                logprobs=log_mu.tolist(),
+                model_logprobs=log_pi.tolist(),
+            )
+            samples.append(Sample.of(turn))
+            rewards.append(float(integers(1, 0, 5)[0]))
+            group_ids.append(group)
+    return ScoredAnswers(samples, rewards, group_ids)
+
+
+def trainer(policy: Policy, *, rate: float = 1.0, **settings: Any) -> Trainer:
+    """One whose optimizer is plain gradient descent: with rate 1, a step is the gradient."""
+    defaults: dict[str, Any] = {
+        "optimizer": OptimizerConfig(max_grad_norm=1e9, learning_rate=rate),
+        "update": UpdateConfig(),
+        "advantage": AdvantageConfig(),
+        "loss": LossConfig(),
+        "correction": CorrectionConfig(),
+    }
+    made = Trainer(policy, **{**defaults, **settings}, max_new_tokens=16)
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    made.optimizer = torch.optim.SGD(weights, lr=rate)  # type: ignore[assignment]
+    return made
+
+
+@pytest.fixture
+def fresh(tiny_model: Path) -> Callable[[], Policy]:
+    return lambda: load_policy(ModelConfig(path=str(tiny_model)), "cpu")[0]
+
+
+def moved(policy: Policy, step: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """How far a step moved each weight."""
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    step()
+    return {n: p.detach() - before[n] for n, p in policy.named_parameters()}
+
+
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    scale = max(w.abs().max().item() for w in want.values())
+    assert scale > 0
+    for name, weight in want.items():
+        assert (got[name] - weight).abs().max() < 1e-4 * scale, name
+
+
+def by_hand(policy: Policy, scored: ScoredAnswers) -> None:
+    """Gradient descent on DAPO's loss with EAD's correction, written out over full logits."""
+    total = torch.zeros(())
+    count = sum(int(sample.trained.sum()) for sample in scored.samples)
+    rewards = torch.tensor(scored.rewards).view(GROUPS, SIZE)
+    spread = rewards.std(dim=1, keepdim=True)
+    advantages = ((rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-6)).flatten()
+    for sample, advantage in zip(scored.samples, advantages, strict=True):
+        ids = torch.from_numpy(sample.token_ids)
+        first = len(ids) - int(sample.trained.sum())
+        logits = policy.model(ids[None]).logits[0, first - 1 : -1]
+        log_pi = logits.log_softmax(-1).gather(1, ids[first:, None]).squeeze(1)
+        ratio_to_mu = (log_pi.detach() - torch.from_numpy(sample.behaviour_logprobs)).exp()
+        total = total - (ratio_to_mu.clamp(max=2.0) * advantage * log_pi).sum() / count
+    total.backward()
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight -= weight.grad
+            weight.grad = None
+
+
+def test_an_update_is_the_gradient_of_the_loss_written_out(fresh: Callable[[], Policy]) -> None:
+    ours, theirs = fresh(), fresh()
+    scored = answers(ours)
+    got = moved(ours, lambda: trainer(ours).update(scored))
+    assert_same(got, moved(theirs, lambda: by_hand(theirs, scored)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "correction"),
+    [
+        (LossConfig(), "tis"),
+        (LossConfig(), "annealed"),
+        (LossConfig(kind="gspo"), "sequence"),
+        (LossConfig(kind="cispo", aggregation="seq-mean-token-sum-norm"), "icepop"),
+        (LossConfig(kind="kl_cov", covariance_share=0.3), "none"),
+        (LossConfig(entropy_coefficient=0.1, selective_entropy_coefficient=0.5), "mis"),
+    ],
+)
+def test_how_a_batch_is_cut_for_the_forward_passes_changes_nothing(
+    fresh: Callable[[], Policy], loss: LossConfig, correction: Any
+) -> None:
+    results = []
+    for tokens in (10_000, 30):
+        policy = fresh()
+        made = trainer(
+            policy,
+            loss=loss,
+            correction=CorrectionConfig(kind=correction),
+            update=UpdateConfig(tokens_per_forward=tokens),
+        )
+        metrics: dict[str, float] = {}
+        step = moved(policy, lambda: metrics.update(made.update(answers(policy))))  # noqa: B023
+        results.append((step, metrics))
+    (whole, told), (parts, told_in_parts) = results
+    assert_same(parts, whole)
+    assert told_in_parts == pytest.approx(told, rel=1e-4, abs=1e-6)
+
+
+def test_minibatches_are_steps_against_the_policy_before_the_first(
+    fresh: Callable[[], Policy],
+) -> None:
+    """With one group per minibatch, the second step's ratio is to the first weights, not its own:
+    written out with policy_loss's own clipping off, it is r A w."""
+    policy = fresh()
+    scored = answers(policy)
+    free = LossConfig(clip_low=1.0, clip_high=1e9, dual_clip=0)
+    made = trainer(policy, rate=0.05, loss=free, update=UpdateConfig(minibatches=GROUPS))
+    got = moved(policy, lambda: made.update(scored))
+    assert made.updates == GROUPS
+
+    other = fresh()
+
+    def written_out() -> None:
+        rewards = torch.tensor(scored.rewards).view(GROUPS, SIZE)
+        spread = rewards.std(dim=1, keepdim=True)
+        advantages = ((rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-6)).flatten()
+        descent = torch.optim.SGD(other.parameters(), lr=0.05)
+        for group in range(GROUPS):
+            mine = range(group * SIZE, (group + 1) * SIZE)
+            count = sum(int(scored.samples[i].trained.sum()) for i in mine)
+            for i in mine:
+                sample = scored.samples[i]
+                ids = torch.from_numpy(sample.token_ids)
+                first = len(ids) - int(sample.trained.sum())
+                logits = other.model(ids[None]).logits[0, first - 1 : -1]
+                log_pi = logits.log_softmax(-1).gather(1, ids[first:, None]).squeeze(1)
+                old = torch.from_numpy(sample.model_logprobs)
+                weight = (old - torch.from_numpy(sample.behaviour_logprobs)).exp().clamp(max=2.0)
+                (-(weight * (log_pi - old).exp() * advantages[i]).sum() / count).backward()
+            descent.step()
+            descent.zero_grad()
+
+    assert_same(got, moved(other, written_out))
+
+
+def test_server_and_trainer_agree_on_pi_old_to_rounding(fresh: Callable[[], Policy]) -> None:
+    results = []
+    for source in ("server", "recompute"):
+        policy = fresh()
+        update = UpdateConfig(minibatches=2, old_logprobs=source)
+        made = trainer(policy, rate=0.05, update=update)
+        scored = answers(policy)
+        results.append(moved(policy, lambda: made.update(scored)))  # noqa: B023
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_kl_to_a_reference_pulls_towards_it(fresh: Callable[[], Policy], place: Any) -> None:
+    """With rewards that teach nothing (loss), or strong enough a coefficient (reward), the update
+    brings the policy nearer to the reference."""
+    policy, reference = fresh(), fresh()
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.add_(
+                0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            )
+    scored = answers(policy)
+    same = ScoredAnswers(scored.samples, [1.0] * len(scored.rewards), scored.group_ids)
+    loss = LossConfig(
+        kl_coefficient=1.0, kl_in=place, kl_estimator="k1" if place == "reward" else "k2"
+    )
+    made = trainer(policy, rate=1e-4, loss=loss, advantage=AdvantageConfig(kind="dr_grpo"))
+    made.reference = reference
+    batch = policy.batch(scored.samples)
+
+    def distance() -> float:
+        with torch.no_grad():
+            gap = policy(batch).logprobs - reference(batch).logprobs
+        return gap.square().mean().item()
+
+    before = distance()
+    metrics = made.update(same)
+    if place == "loss":
+        assert distance() < before
+    else:
+        assert metrics["reward/kl_penalty"] != 0
+        assert metrics["optim/grad_norm"] > 0  # equal rewards teach by their penalties alone
+
+
+def test_an_update_without_finite_gradient_is_skipped_and_counted_then_ends_the_run(
+    fresh: Callable[[], Policy],
+) -> None:
+    policy = fresh()
+    made = trainer(policy, update=UpdateConfig(max_skipped=3))
+    scored = answers(policy)
+    healthy = [p.detach().clone() for p in policy.parameters()]
+    hooked = next(policy.parameters())
+    handle = hooked.register_hook(lambda gradient: gradient * math.nan)
+    for _ in range(2):
+        metrics = made.update(scored)
+        assert metrics["optim/skipped"] == 1
+        assert math.isnan(metrics["optim/grad_norm"])
+    for weight, before in zip(policy.parameters(), healthy, strict=True):
+        assert torch.equal(weight, before)
+    handle.remove()
+    assert made.update(scored)["optim/skipped"] == 0  # and the count begins again
+    hooked.register_hook(lambda gradient: gradient * math.nan)
+    made.update(scored)
+    made.update(scored)
+    with pytest.raises(Diverged, match="3 updates in a row"):
+        made.update(scored)
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def _rank(rank: int, port: int, model: str, loss: LossConfig, out: str) -> None:
+    """One of two gloo processes: two updates, and what they did."""
+    from trainer_bridge import ranks
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    ranks.join()
+    policy, _ = load_policy(ModelConfig(path=model), "cpu")
+    scored = [answers(policy, seed) for seed in range(2)]
+    policy.shard()
+    torch.manual_seed(0)
+    made = Trainer(
+        policy,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        update=UpdateConfig(tokens_per_forward=40, minibatches=2),
+        advantage=AdvantageConfig(),
+        loss=loss,
+        correction=CorrectionConfig(),
+        max_new_tokens=16,
+    )
+    metrics = [made.update(batch) for batch in scored]
+    weights = dict(policy.named_weights())
+    if rank == 0:
+        torch.save((metrics, weights), out)
+    ranks.leave()
+
+
+@pytest.mark.parametrize(
+    "loss", [LossConfig(), LossConfig(kind="clip_cov", selective_entropy_coefficient=0.1)]
+)
+def test_two_sharded_processes_do_what_one_does(
+    tiny_model: Path, tmp_path: Path, loss: LossConfig
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = tmp_path / "out.pt"
+    torch.multiprocessing.spawn(_rank, (port, str(tiny_model), loss, str(out)), nprocs=2)
+    metrics, weights = torch.load(out)
+
+    policy, _ = load_policy(ModelConfig(path=str(tiny_model)), "cpu")
+    scored = [answers(policy, seed) for seed in range(2)]
+    torch.manual_seed(0)
+    made = Trainer(
+        policy,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        update=UpdateConfig(tokens_per_forward=40, minibatches=2),
+        advantage=AdvantageConfig(),
+        loss=loss,
+        correction=CorrectionConfig(),
+        max_new_tokens=16,
+    )
+    alone = [made.update(batch) for batch in scored]
+    for got, want in zip(metrics, alone, strict=True):
+        assert got == pytest.approx(want, rel=2e-3, abs=1e-4)
+    for name, weight in policy.named_weights():
+        assert (weights[name] - weight).abs().max() < 2e-4, name

@@ -1,0 +1,151 @@
+"""Everything a run needs to go on as if it had not been stopped.
+
+Written by torch.distributed.checkpoint, so that a run may go on with another number of ranks. A
+checkpoint appears under its name in one step, when it is whole and on the disk: whatever kills the
+process, the newest one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from trainer_bridge import ranks
+from trainer_bridge.errors import CheckpointFailed
+from trainer_bridge.settings import Settings
+from trainer_bridge.trainer import Trainer
+
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)  # with adapters, the rest is the model's own
+
+
+class CheckpointConfig(Settings):
+    """When to save, and how many to keep."""
+
+    every: int = Field(10, ge=0, description="steps; 0: only after the last one")
+    keep: int = Field(2, ge=1, description="newest checkpoints")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: its next step, and the next problem that nobody was asked yet."""
+
+    step: int
+    position: int
+
+
+def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> None:
+    """Write checkpoint `progress.step` into `folder` and forget all but the newest `keep`.
+
+    Every rank must call it. Raises CheckpointFailed.
+    """
+    target = folder / f"step-{progress.step:06d}"
+    partial = target.with_suffix(".partial")
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        about = {
+            **asdict(progress),
+            "updates": trainer.updates,
+            "skipped": trainer.skipped,
+            "entropy_anchor": trainer.entropy_anchor,
+            "trained_policy": trainer.correction.trained_policy,
+        }
+        (partial / "progress.json").write_text(json.dumps(about, indent=1))
+        _to_disk(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _to_disk(folder)
+        for old in _complete(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    try:
+        _on_rank_0(begin)
+        try:
+            state_dict_saver.save(
+                _state(trainer), checkpoint_id=partial, no_dist=ranks.world_size() == 1
+            )
+        except (OSError, CheckpointException) as error:
+            # its text is a traceback, of which the end says what happened
+            raise CheckpointFailed(str(error).strip().splitlines()[-1]) from error
+        _on_rank_0(finish)
+    except CheckpointFailed:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _on_rank_0(action: Callable[[], None]) -> None:
+    """Raises CheckpointFailed on every rank when the disk refuses the action."""
+    problem: str | None = None
+    if ranks.rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = str(error)
+    problem = ranks.broadcast(problem)
+    if problem is not None:
+        raise CheckpointFailed(problem)
+
+
+def load(folder: Path, trainer: Trainer) -> Progress | None:
+    """Take the trainer back to the newest checkpoint; None where there is none."""
+    complete = _complete(folder)
+    if not complete:
+        return None
+    newest = complete[-1]
+    state = _state(trainer)
+    state_dict_loader.load(state, checkpoint_id=newest, no_dist=ranks.world_size() == 1)
+    set_state_dict(
+        trainer.policy,
+        trainer.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_OPTIONS,
+    )
+    torch.set_rng_state(state["rng"])
+    about = json.loads((newest / "progress.json").read_text())
+    trainer.updates, trainer.skipped = about["updates"], about["skipped"]
+    trainer.entropy_anchor = about["entropy_anchor"]
+    return Progress(about["step"], about["position"])
+
+
+def exist(folder: Path) -> bool:
+    """Whether a run left checkpoints here."""
+    return bool(_complete(folder))
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    model, optimizer = get_state_dict(trainer.policy, trainer.optimizer, options=_OPTIONS)
+    return {"model": model, "optimizer": optimizer, "rng": torch.get_rng_state()}
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+
+
+def _to_disk(folder: Path) -> None:
+    """Return when the folder and its files are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,113 @@
+"""Every setting of a run, as one typed object: a TOML file, then overrides `section.key=value`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from trainer_bridge.advantages import AdvantageConfig
+from trainer_bridge.checkpoint import CheckpointConfig
+from trainer_bridge.collect import RolloutConfig
+from trainer_bridge.corrections import CorrectionConfig
+from trainer_bridge.errors import BadConfig
+from trainer_bridge.evaluate import EvaluationConfig
+from trainer_bridge.losses import LossConfig
+from trainer_bridge.policy import ModelConfig
+from trainer_bridge.report import ReportConfig
+from trainer_bridge.rewards import RewardConfig
+from trainer_bridge.settings import Settings
+from trainer_bridge.tasks import TaskConfig
+from trainer_bridge.trainer import OptimizerConfig, UpdateConfig
+from trainer_bridge.weights import SyncConfig
+
+
+class ServerConfig(Settings):
+    """The server that samples. Its keys come from EAD_API_KEY and EAD_ADMIN_API_KEY."""
+
+    url: str | None = Field(None, description="none: `ead train` starts one and stops it again")
+    arguments: list[str] = Field([], description="of SGLang, for a server started here")
+    patience_s: float = Field(
+        600.0, gt=0, description="how long a server that went away may take to come back"
+    )
+
+
+class TrainConfig(Settings):
+    """One run. `correction` says what is trained: the policy at temperature 1, or tempered."""
+
+    steps: int = Field(100, ge=1)
+    seed: int = Field(
+        0, ge=0, lt=1 << 20, description="of everything drawn here, and of which problems are used"
+    )
+    model: ModelConfig = ModelConfig()
+    server: ServerConfig = ServerConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    update: UpdateConfig = UpdateConfig()
+    sync: SyncConfig = SyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluate_every: int = Field(0, ge=0, description="steps, and after the last; 0: never")
+    report: ReportConfig = ReportConfig()
+
+
+def read_config(arguments: Sequence[str]) -> TrainConfig:
+    """The settings of TOML files, and single ones such as "rollout.samples_per_prompt=16", each on
+    top of those before it.
+
+    A single setting's value is TOML; what is not TOML is a string. Raises BadConfig.
+    """
+    raw: dict[str, Any] = {}
+    for argument in arguments:
+        path, equals, value = argument.partition("=")
+        if not equals:
+            _merge(raw, _read(Path(argument)))
+            continue
+        *sections, key = path.strip().split(".")
+        table = raw
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise BadConfig(f"{path}: {section} is not a section")
+        table[key] = _toml_value(value)
+    try:
+        return TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            f", got {problem['input']!r:.100}"
+            for problem in error.errors(include_url=False)
+        ]
+        raise BadConfig("\n".join(problems)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise BadConfig(f"cannot read {file}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadConfig(f"{file} is not TOML: {error}") from None
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

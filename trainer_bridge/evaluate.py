@@ -1,0 +1,198 @@
+"""Evaluation on held-out problems, under a fixed temperature or a schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ead_client import Choice, Client, Group, Rollout
+from trainer_bridge import estimators
+from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.rewards import Outcome, RewardFailure
+from trainer_bridge.settings import Settings
+from trainer_bridge.tasks import Problem, Task
+
+
+class EvaluationConfig(Settings):
+    """What is asked, and how it is decoded."""
+
+    problems: int = Field(
+        default=64, ge=2, description="held-out problems; fewer where the task has fewer"
+    )
+    n: int = Field(default=8, ge=1, le=1000, description="answers to each")
+    max_new_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(
+        default=1.0, ge=0, le=10, description="of every token; 0: the likeliest one"
+    )
+    annealing: dict[str, Any] | None = Field(
+        default=None, description="a schedule, in place of the temperature"
+    )
+    solved_at: float = Field(default=1.0, description="reward from which on a problem is solved")
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="of the intervals")
+    seed: int = Field(default=0, ge=0, description="of the resampling of problems, not of answers")
+    answers_per_request: int = Field(
+        default=4096, ge=1, description="at most; the server's own limit is the same by default"
+    )
+
+    @model_validator(mode="after")
+    def _one_decoding(self) -> EvaluationConfig:
+        if self.annealing is not None and self.temperature != 1.0:
+            raise ValueError("a schedule gives the temperature: leave `temperature` at 1")
+        return self
+
+
+class Estimate(BaseModel):
+    """A mean over problems, and its interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    low: float
+    high: float
+    problems: int = Field(description="that have enough scored answers")
+
+
+class Evaluation(BaseModel):
+    """What an evaluation found, and under which conditions."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    decoding: dict[str, Any] = Field(description="the schedule as the server applied it")
+    weight_versions: list[str] = Field(description="that answers were sampled from; one is right")
+    problems: int
+    n: int
+    scored: int = Field(description="answers that have a reward")
+    failures: dict[str, int] = Field(description="answers that have none, by kind")
+    mean_tokens: float = Field(description="per scored answer")
+    truncated: float = Field(description="share of scored answers that ended at max_new_tokens")
+    interval: str = Field(description="what the intervals are")
+    estimates: dict[str, Estimate] = Field(description="mean@n, pass@k, worst@k, maj@k")
+    rewards: list[list[float | None]] = Field(
+        repr=False, description="of each answer, by problem; null where there is none"
+    )
+
+
+def evaluate(
+    client: Client,
+    task: Task,
+    rewards: RewardRunner,
+    config: EvaluationConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Ask the first held-out problems and score the answers while others are generated.
+
+    rewards: runs `task.reward`. progress: called with the number of problems that are answered, and
+    of all. maj@k is reported for tasks that say what votes, see Task. Raises the client's errors;
+    what fails for a single answer is counted.
+    """
+    problems = list(_held_out(task, config.problems))
+    final_answer: Callable[[str], str | None] | None = getattr(task, "final_answer", None)
+    table = np.full((len(problems), config.n), np.nan)
+    votes: list[list[str | None]] = [[None] * config.n for _ in problems]
+    failures: Counter[str] = Counter()
+    scored: list[Rollout] = []
+    waiting: list[tuple[int, list[Choice], Future[list[Outcome]]]] = []
+    for position, group in _answers(client, problems, config):
+        answers = [choice for choice in group.answers if _usable(choice)]
+        failures["generation"] += config.n - len(answers)
+        texts = [choice.text for choice in answers]
+        waiting.append((position, answers, rewards.submit(problems[position], texts)))
+        progress(len(waiting), len(problems))
+    for position, answers, future in waiting:
+        for column, (choice, outcome) in enumerate(zip(answers, future.result(), strict=True)):
+            if isinstance(outcome, RewardFailure):
+                failures[outcome.kind] += 1
+                continue
+            table[position, column] = outcome
+            if choice.rollout is not None:
+                scored.append(choice.rollout)
+            if final_answer is not None:
+                votes[position][column] = final_answer(choice.text)
+    return Evaluation(
+        task=task.name,
+        decoding=_decoding(scored),
+        weight_versions=sorted({version for rollout in scored for version in _versions(rollout)}),
+        problems=len(problems),
+        n=config.n,
+        scored=len(scored),
+        failures={kind: count for kind, count in sorted(failures.items()) if count},
+        mean_tokens=_mean([len(rollout) for rollout in scored]),
+        truncated=_mean([rollout.finish_reason == "length" for rollout in scored]),
+        interval=f"{config.confidence:.0%} BCa bootstrap over problems, seed {config.seed}",
+        estimates=dict(_estimates(table, votes if final_answer else None, config)),
+        rewards=[[None if np.isnan(r) else float(r) for r in row] for row in table],
+    )
+
+
+def _held_out(task: Task, count: int) -> Iterator[Problem]:
+    for index in range(count):
+        try:
+            yield task.problem(index, "eval")
+        except IndexError:
+            return
+
+
+def _answers(
+    client: Client, problems: Sequence[Problem], config: EvaluationConfig
+) -> Iterator[tuple[int, Group]]:
+    """Each group with its problem's position, as it completes."""
+    sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+    annealing = config.annealing
+    if config.temperature == 0.0:
+        sampling["temperature"] = 0.0
+    elif annealing is None:
+        # said as a schedule, so that no default schedule of the server comes in its place
+        annealing = {"schedule": "constant", "tau": config.temperature}
+    size = max(1, config.answers_per_request // config.n)
+    for start in range(0, len(problems), size):
+        prompts = [list(problem.messages) for problem in problems[start : start + size]]
+        for group in client.stream_rollouts(prompts, n=config.n, annealing=annealing, **sampling):
+            yield start + group.index, group
+
+
+def _usable(choice: Choice) -> bool:
+    """Whether the answer came to its own end: not failed, and not aborted by the server."""
+    return choice.rollout is not None and choice.finish_reason != "abort"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _decoding(scored: Sequence[Rollout]) -> dict[str, Any]:
+    """As the server reports it; without a schedule, decoding was greedy."""
+    return (scored[0].annealing if scored else None) or {"temperature": 0.0}
+
+
+def _versions(rollout: Rollout) -> list[str]:
+    if rollout.weight_versions:
+        return [str(part["version"]) for part in rollout.weight_versions]
+    return [str(rollout.weight_version)]
+
+
+def _estimates(
+    rewards: estimators.Floats, votes: list[list[str | None]] | None, config: EvaluationConfig
+) -> Iterator[tuple[str, Estimate]]:
+    """mean@n, and the others at k = 1, 2, 4, ... up to n."""
+    ks = [2**i for i in range(config.n.bit_length())]
+    found = [(f"mean@{config.n}", estimators.mean_at_k(rewards))]
+    for k in ks:
+        solved_at = config.solved_at
+        found.append((f"pass@{k}", estimators.pass_at_k(rewards, k, solved_at=solved_at)))
+    found += [(f"worst@{k}", estimators.worst_at_k(rewards, k)) for k in ks[1:]]
+    if votes is not None:
+        found += [(f"maj@{k}", estimators.maj_at_k(rewards, votes, k)) for k in ks[1:]]
+    for name, estimates in found:
+        known = estimates[~np.isnan(estimates)]
+        if len(known) >= 2:
+            low, high = estimators.bootstrap_interval(
+                known, confidence=config.confidence, seed=config.seed
+            )
+            value = float(known.mean())
+            yield name, Estimate(value=value, low=low, high=high, problems=len(known))

@@ -1,0 +1,340 @@
+"""A run: collect, update, publish, step after step; it survives what kills its parts.
+
+With `rollout.staleness` = k, answers for later steps are generated while the policy is updated,
+from weights at most k updates old; with 0, one thing happens after the other.
+
+A run goes on from its newest checkpoint with `resume`. A server that dies or loses its weights is
+waited for, given the weights again, and asked again: an answer counts only if it was sampled from
+weights that this run published.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ead_client import (
+    Client,
+    ConnectionFailed,
+    EadError,
+    RequestRefused,
+    ServerUnavailable,
+    TimedOut,
+)
+from trainer_bridge import checkpoint, ranks
+from trainer_bridge.checkpoint import Progress
+from trainer_bridge.collect import Collected, Collector
+from trainer_bridge.config import TrainConfig
+from trainer_bridge.errors import (
+    BadConfig,
+    BridgeError,
+    CheckpointFailed,
+    StaleRollout,
+    WeightUpdateFailed,
+)
+from trainer_bridge.evaluate import evaluate
+from trainer_bridge.policy import Policy, load_policy
+from trainer_bridge.report import Display, RunFolder, draw_curves
+from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.trainer import Trainer
+from trainer_bridge.weights import weight_publisher
+
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+T = TypeVar("T")
+
+
+def _mendable(error: BaseException | None) -> bool:
+    """Whether it may be gone once the server is back, and has its weights."""
+    if isinstance(error, WeightUpdateFailed):
+        error = error.__cause__
+    if isinstance(error, RequestRefused):
+        return (
+            error.status == 409
+        )  # another update is in progress: of this run before it was killed
+    return isinstance(error, ConnectionFailed | TimedOut | ServerUnavailable | StaleRollout)
+
+
+class Server(Protocol):
+    """The server as a run needs it."""
+
+    client: Client  # with the admin key
+
+    def wait_until_ready(self) -> None:
+        """Return when it takes requests, having started it again if that is ours to do. Raises
+        an EadError when it does not come back."""
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    server: Server | None,
+    display: Display,
+    *,
+    resume: bool = False,
+) -> None:
+    """Run `config` to its end, in `folder`.
+
+    server: on rank 0; the other ranks of `torchrun` only compute, and need none. Raises BadConfig
+    for a folder that already holds a run, unless `resume`; Diverged, TooFewRollouts and the other
+    errors of this package as they say, with everything up to the last checkpoint kept.
+    """
+    device = ranks.join()
+    try:
+        saved = folder / "checkpoints"
+        if checkpoint.exist(saved) and not resume:
+            raise BadConfig(f"{folder} already holds a run: go on with --resume, or choose another")
+        torch.manual_seed(config.seed)
+        policy, tokenizer = load_policy(config.model, device)
+        policy.shard()
+        trainer = Trainer(
+            policy,
+            optimizer=config.optimizer,
+            update=config.update,
+            advantage=config.advantage,
+            loss=config.loss,
+            correction=config.correction,
+            max_new_tokens=config.rollout.max_new_tokens,
+            reference=_reference(config, device),
+        )
+        # other seeds see other problems
+        begin = Progress(0, position=config.seed << 20)
+        if resume:
+            begin = checkpoint.load(saved, trainer) or begin
+        leader = None
+        if ranks.rank() == 0:
+            assert server is not None
+            leader = Leader(config, folder, server, tokenizer, display, begin)
+        try:
+            _run(config, saved, trainer, leader, begin)
+            if leader is not None:
+                leader.finish()
+        finally:
+            if leader is not None:
+                leader.close()
+        policy.save(folder / "model", tokenizer)
+    finally:
+        ranks.leave()
+
+
+def _reference(config: TrainConfig, device: torch.device) -> Policy | None:
+    """A policy with adapters is held to itself without them."""
+    if not config.loss.kl_coefficient or config.model.lora is not None:
+        return None
+    reference, _ = load_policy(config.model, device)
+    reference.requires_grad_(False)
+    reference.shard()
+    return reference
+
+
+def _run(
+    config: TrainConfig, saved: Path, trainer: Trainer, leader: Leader | None, begin: Progress
+) -> None:
+    """The steps, in which all ranks take part."""
+    weights = _weights(trainer.policy)
+    if leader is not None:
+        leader.publish(weights, begin.step)
+    unsaved: CheckpointFailed | None = None
+    for step in range(begin.step, config.steps):
+        started = time.perf_counter()
+        collected = ranks.broadcast(leader.collect(step) if leader else None)
+        with _timed(leader, "update"):
+            metrics = trainer.update(collected.answers)
+        weights = _weights(trainer.policy)
+        if leader is not None:
+            leader.publish(weights, step + 1)
+        every, last = config.checkpoint.every, step + 1 == config.steps
+        if last or (every and (step + 1) % every == 0) or unsaved is not None:
+            with _timed(leader, "checkpoint"):
+                unsaved = _save(saved, trainer, Progress(step + 1, collected.position), config)
+        if leader is not None:
+            metrics["checkpoint/failed"] = float(unsaved is not None)
+            leader.tell(step, collected, metrics, time.perf_counter() - started, last=last)
+            if unsaved is not None:
+                leader.display.say(f"no checkpoint: {unsaved}; trying again after the next step")
+    if unsaved is not None:
+        raise unsaved
+
+
+def _save(
+    saved: Path, trainer: Trainer, progress: Progress, config: TrainConfig
+) -> CheckpointFailed | None:
+    """A full disk must not end a run that goes on in memory."""
+    try:
+        checkpoint.save(saved, trainer, progress, keep=config.checkpoint.keep)
+    except CheckpointFailed as error:
+        return error
+    return None
+
+
+def _weights(policy: Policy) -> Weights:
+    """The policy's weights as they are now, as often as they are asked for.
+
+    Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU.
+    """
+    if ranks.world_size() == 1:
+        return policy.named_weights
+    held = [(name, weight.cpu()) for name, weight in policy.named_weights() if ranks.rank() == 0]
+    return lambda: iter(held)
+
+
+@contextmanager
+def _timed(leader: Leader | None, phase: str) -> Iterator[None]:
+    if leader is None:
+        yield
+    else:
+        with leader.phase(phase):
+            yield
+
+
+class Leader:
+    """Rank 0: speaks to the server, scores, and writes what the run leaves behind."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        server: Server,
+        tokenizer: Any,
+        display: Display,
+        begin: Progress,
+    ) -> None:
+        self.config = config
+        self.server = server
+        self.display = display
+        self.task = config.task.build()
+        self.runner = RewardRunner(self.task.reward, config.reward)
+        self.publisher = weight_publisher(server.client, config.sync)
+        self.collector = Collector(config.rollout, server.client, self.task, self.runner, tokenizer)
+        self.folder = RunFolder(
+            folder, config.report, config.model_dump(mode="json"), resumed_at=begin.step
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
+        self._pending: deque[Future[Collected]] = deque()
+        self._asked = begin  # the next step to ask for; only its thread touches the position
+        self._begun = begin  # the step that is worked on
+        self._version = begin.step
+        self._weights: Weights | None = None
+        self._seconds: dict[str, float] = {}
+        self._sync: dict[str, float] = {}
+
+    # --- weights out, answers in -----------------------------------------------------------------
+
+    def publish(self, weights: Weights, version: int) -> None:
+        """Return when the server samples from these weights, under this version."""
+        self._weights, self._version = weights, version
+        with self.phase("publish"):
+            self._mended(self._publish)
+        self._ask_ahead()
+
+    def _publish(self) -> None:
+        assert self._weights is not None
+        report = self.publisher.publish(self._weights(), self._version)
+        self._sync = {
+            "sync/bytes": float(report.num_bytes),
+            **{f"sync/{phase}": seconds for phase, seconds in report.seconds.items()},
+        }
+
+    def collect(self, step: int) -> Collected:
+        """The scored answers of `step`, some of which may have been generated ahead."""
+        with self.phase("rollout"):
+            collected = self._mended(self._first_pending)
+        self._pending.popleft()
+        self._begun = Progress(step + 1, collected.position)
+        return collected
+
+    def _first_pending(self) -> Collected:
+        self._ask_ahead()
+        return self._pending[0].result()
+
+    def _ask_ahead(self) -> None:
+        """Have the answers generated that the published weights are new enough for."""
+        last = min(self._version + self.config.rollout.staleness, self.config.steps - 1)
+        while self._begun.step + len(self._pending) <= last:
+            step = self._begun.step + len(self._pending)
+            self._pending.append(self._thread.submit(self._collect, step))
+
+    def _collect(self, step: int) -> Collected:
+        collected = self.collector.collect(step, self._asked.position, self.display.phase)
+        self._asked = Progress(step + 1, collected.position)
+        return collected
+
+    def _mended(self, action: Callable[[], T]) -> T:
+        """The result of `action`, done again after the server has been given its weights again."""
+        deadline = time.monotonic() + self.config.server.patience_s
+        while True:
+            try:
+                return action()
+            except (EadError, BridgeError) as error:
+                if not _mendable(error) or time.monotonic() > deadline:
+                    raise
+                self.display.say(f"{type(error).__name__}: {error}; waiting for the server")
+                self.server.wait_until_ready()
+                if action != self._publish:
+                    self._publish()
+                    self._forget_failed()
+
+    def _forget_failed(self) -> None:
+        """Ask again from the first step on whose answers did not come. (Those that go on do so
+        now that the server has weights again.)"""
+        wait(self._pending)
+        kept = list(itertools.takewhile(lambda f: f.exception() is None, self._pending))
+        self._pending = deque(kept)
+        self._asked = self._begun
+        if kept:
+            self._asked = Progress(self._begun.step + len(kept), kept[-1].result().position)
+
+    # --- what is told ----------------------------------------------------------------------------
+
+    def tell(
+        self,
+        step: int,
+        collected: Collected,
+        metrics: dict[str, float],
+        seconds: float,
+        *,
+        last: bool,
+    ) -> None:
+        """Record and show a step that is done; evaluate when it is due."""
+        every = self.config.evaluate_every
+        if every and (last or (step + 1) % every == 0):
+            with self.phase("evaluate"):
+                metrics |= self._mended(self._evaluate)
+        metrics |= {**collected.metrics, **self._sync}
+        metrics |= {f"time/{phase}": spent for phase, spent in self._seconds.items()}
+        metrics["time/step"] = seconds
+        self._seconds = {}
+        self.folder.metrics(step, metrics)
+        self.folder.samples(step, collected.told())
+        self.display.step(step, metrics)
+
+    def _evaluate(self) -> dict[str, float]:
+        result = evaluate(self.server.client, self.task, self.runner, self.config.evaluation)
+        return {f"eval/{name}": found.value for name, found in result.estimates.items()}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Shows and times a phase of the step."""
+        self.display.phase(name)
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def finish(self) -> None:
+        """At the end of a run that came to its end."""
+        self.display.say(f"curves: {draw_curves(self.folder.path)}")
+
+    def close(self) -> None:
+        """End what was started here."""
+        self.runner.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self.publisher.close()
+        self.folder.close()

@@ -1,0 +1,233 @@
+"""What a run leaves behind and shows while it goes on: one folder, one line or table per step.
+
+config.json, versions.json   what was run
+metrics.jsonl                one object per step; also TensorBoard's event files in tensorboard/
+samples/step-000012.jsonl    a few answers with their rewards and temperatures
+checkpoints/                 see trainer_bridge.checkpoint
+curves.png                   drawn at the end, and by `ead plot`
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from trainer_bridge.settings import Settings
+
+_PACKAGES = ("ead", "sglang", "torch", "transformers", "peft", "reasoning-gym", "math-verify")
+PHASES = ("rollout", "update", "publish", "checkpoint", "evaluate")
+# shown while a run goes on: name, format, heading
+_SHOWN = (
+    ("reward/mean", "{:.3f}", "reward"),
+    ("reward/best_of_group", "{:.2f}", "best"),
+    ("policy/entropy", "{:.2f}", "entropy"),
+    ("policy/temperature", "{:.2f}", "tau"),
+    ("correction/effective_sample_size", "{:.2f}", "ESS"),
+    ("optim/grad_norm", "{:.2f}", "grad"),
+    ("policy/mismatch", "{:.0e}", "mismatch"),
+    ("time/tokens_per_second", "{:.0f}", "tokens/s"),
+    ("time/step", "{:.1f}", "s"),
+)
+
+
+class ReportConfig(Settings):
+    """What is recorded besides metrics.jsonl."""
+
+    samples: int = Field(4, ge=0, description="answers kept of every step")
+    tensorboard: bool = True
+    tracker: Literal["wandb", "trackio"] | None = Field(
+        None, description="also sends the metrics there; must be installed"
+    )
+
+
+class RunFolder:
+    """The folder of one run; a run that goes on continues the files of the first.
+
+    resumed_at: the step it goes on with; what was written of that step or later is dropped.
+    Raises ImportError for a tracker that is not installed.
+    """
+
+    def __init__(
+        self, path: Path, config: ReportConfig, described: Mapping[str, Any], resumed_at: int
+    ) -> None:
+        self.path = path
+        self.config = config
+        (path / "samples").mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(described, indent=1))
+        (path / "versions.json").write_text(json.dumps(_versions(), indent=1))
+        kept = [entry for entry in read_metrics(path) if entry["step"] < resumed_at]
+        self._metrics = path / "metrics.jsonl"
+        self._metrics.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        self._board: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(path / "tensorboard"), purge_step=resumed_at)
+        self._tracker: Any = None
+        if config.tracker is not None:
+            self._tracker = importlib.import_module(config.tracker)
+            self._tracker.init(project="ead", name=path.name, config=dict(described))
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one step's."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._tracker is not None:
+            self._tracker.log(dict(metrics), step=step)
+
+    def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the first few answers of a step."""
+        lines = [json.dumps(sample) for sample, _ in zip(samples, range(self.config.samples))]  # noqa: B905
+        (self.path / "samples" / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's folder, step by step; a last line cut off by a kill is left out."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return []
+    entries = []
+    for line in file.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+# --- while it runs -------------------------------------------------------------------------------
+
+
+class Display:
+    """A live table on a terminal; elsewhere one line for each step."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console = console
+        self.steps = steps
+        self._phase = ""
+        self._history: list[Mapping[str, float]] = []
+        self._live = Live(
+            get_renderable=self._render, console=console, refresh_per_second=4, transient=False
+        )
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._phase = ""
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """What is being done now."""
+        self._phase = name
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done."""
+        self._history.append({"step": step, **metrics})
+        if not self.console.is_terminal:
+            shown = [
+                f"{heading} {form.format(metrics[name])}"
+                for name, form, heading in _SHOWN
+                if name in metrics
+            ]
+            self.say(f"step {step + 1}/{self.steps}  " + "  ".join(shown))
+
+    def _render(self) -> RenderableType:
+        table = Table("step", *(heading for _, _, heading in _SHOWN), box=None)
+        for entry in self._history[-8:]:
+            cells = [form.format(entry[n]) if n in entry else "" for n, form, _ in _SHOWN]
+            table.add_row(f"{int(entry['step']) + 1}/{self.steps}", *cells)
+        rewards = [entry["reward/mean"] for entry in self._history]
+        lines = [f"reward {_sparkline(rewards)}   {self._phase}"]
+        for entry in self._history[-1:]:
+            phases = [(name, entry.get(f"time/{name}")) for name in PHASES]
+            lines += ["  ".join(f"{name} {spent:.1f} s" for name, spent in phases if spent)]
+        return Group(table, Text("\n".join(lines), style="dim"))
+
+
+def _sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Block characters, the last `width` values."""
+    values = values[-width:]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low or 1))] for v in values)
+
+
+# --- afterwards ----------------------------------------------------------------------------------
+
+_CURVES = (
+    ("reward/mean", "reward"),
+    ("policy/entropy", "entropy of the policy (nats)"),
+    ("correction/effective_sample_size", "effective sample size"),
+    ("correction/kl", "KL(mu || pi_old) (nats per token)"),
+    ("optim/grad_norm", "norm of the gradient"),
+    ("rollout/length", "answer length (tokens)"),
+)
+
+
+def draw_curves(path: Path) -> Path:
+    """curves.png of a run's folder. Raises FileNotFoundError without metrics."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = read_metrics(path)
+    if not entries:
+        raise FileNotFoundError(f"{path} has no metrics.jsonl")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
+    for axis, (name, title) in zip(axes.flat, _CURVES, strict=True):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        axis.plot(*zip(*points, strict=True) if points else ([], []))
+        axis.set(title=title)
+    evaluated = sorted({name for entry in entries for name in entry if name.startswith("eval/")})
+    for name in evaluated:
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        axes.flat[0].plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
+    if evaluated:
+        axes.flat[0].legend(fontsize="small")
+    for axis in axes[1]:
+        axis.set(xlabel="step")
+    target = path / "curves.png"
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+    return target
