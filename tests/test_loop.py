@@ -112,6 +112,8 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(go: Any) -> None:
     go("steps=1")
     with pytest.raises(BadConfig, match="already holds a run"):
         go("steps=1")
+    with pytest.raises(BadConfig, match=r"'annealed' trains the policy \(tempered\)"):
+        go("steps=2", "correction.kind=annealed", resume=True)
 
 
 # --- repeated, resumed, cut up -------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from trainer_bridge import ranks
-from trainer_bridge.errors import CheckpointFailed
+from trainer_bridge.errors import BadConfig, CheckpointFailed
 from trainer_bridge.settings import Settings
 from trainer_bridge.trainer import Trainer
 
@@ -105,11 +105,21 @@ def _on_rank_0(action: Callable[[], None]) -> None:
 
 
 def load(folder: Path, trainer: Trainer) -> Progress | None:
-    """Take the trainer back to the newest checkpoint; None where there is none."""
+    """Take the trainer back to the newest checkpoint; None where there is none.
+
+    Raises BadConfig when it is of a run that trains another policy, see CorrectionConfig.
+    """
     complete = _complete(folder)
     if not complete:
         return None
     newest = complete[-1]
+    about = json.loads((newest / "progress.json").read_text())
+    if about["trained_policy"] != trainer.correction.trained_policy:
+        raise BadConfig(
+            f"correction.kind: {trainer.correction.kind!r} trains the policy "
+            f"({trainer.correction.trained_policy}), {newest} is of one "
+            f"({about['trained_policy']})"
+        )
     state = _state(trainer)
     state_dict_loader.load(state, checkpoint_id=newest, no_dist=ranks.world_size() == 1)
     set_state_dict(
@@ -120,7 +130,6 @@ def load(folder: Path, trainer: Trainer) -> Progress | None:
         options=_OPTIONS,
     )
     torch.set_rng_state(state["rng"])
-    about = json.loads((newest / "progress.json").read_text())
     trainer.updates, trainer.skipped = about["updates"], about["skipped"]
     trainer.entropy_anchor = about["entropy_anchor"]
     return Progress(about["step"], about["position"])

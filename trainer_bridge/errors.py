@@ -19,7 +19,7 @@ class BridgeError(Exception):
 
 
 class BadConfig(BridgeError, ValueError):
-    """The message names the setting, its value and what is allowed."""
+    """Settings that cannot be run, or not on what is there. The message names the setting, its value and what is allowed."""
 
 
 class UnsupportedModel(BridgeError, ValueError):

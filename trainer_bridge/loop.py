@@ -217,6 +217,10 @@ class Leader:
         self.folder = RunFolder(
             folder, config.report, config.model_dump(mode="json"), resumed_at=begin.step
         )
+        display.say(
+            f"{self.task.name}: steps {begin.step + 1} to {config.steps}; trained: the policy "
+            f"({config.correction.trained_policy}), correction {config.correction.kind}"
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._pending: deque[Future[Collected]] = deque()
         self._asked = begin  # the next step to ask for; only its thread touches the position

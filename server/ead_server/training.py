@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ead_client import Client, ConnectionFailed
+from ead_sampler import device
 from ead_server import models
 from ead_server.process import ServerProcess
 from trainer_bridge.config import ServerConfig, TrainConfig, read_config
@@ -83,8 +84,12 @@ def server_for(
 
 def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
     """`ead train`: see there. What goes wrong is raised, with what was reached kept in `folder`."""
+    device.choose()  # before anything imports transformers, see ead_sampler/device.py
+    from transformers.utils import logging
+
     config = _with_model(read_config(arguments))
     folder.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()  # ours is enough
     with Display(Console(), config.steps) as display:
         if int(os.environ.get("RANK", "0")) != 0:
             train(config, folder, None, display, resume=resume)
