@@ -19,7 +19,8 @@ class BridgeError(Exception):
 
 
 class BadConfig(BridgeError, ValueError):
-    """Settings that cannot be run, or not on what is there. The message names the setting, its value and what is allowed."""
+    """Settings that cannot be run, or not with what is there. The message names the setting, its
+    value and what is allowed."""
 
 
 class UnsupportedModel(BridgeError, ValueError):
