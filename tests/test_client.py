@@ -86,8 +86,24 @@ def test_a_rollout_arrives_as_numpy_arrays(script: Any) -> None:
         "model": "default",
         "messages": MESSAGES,
         "n": 1,
-        "annealing": {"tau_max": 1.2},
+        "chat_template_kwargs": {"annealing": {"tau_max": 1.2}},
     }
+
+
+def test_our_fields_of_a_chat_go_where_sglangs_router_passes_them_on(script: Any) -> None:
+    client, sent = script(*[answer(rollout=ROLLOUT)] * 2, answer())
+    client.chat(MESSAGES, annealing={}, rollout={"entropies": True}, chat_template_kwargs={"a": 1})
+    client.complete("hi", annealing={}, rollout=True)
+    client.chat(MESSAGES, chat_template_kwargs={"annealing": None})  # opts out of a default
+    chat, completion, plain = (json.loads(request.content) for request in sent.requests)
+    assert chat["chat_template_kwargs"] == {
+        "a": 1,
+        "annealing": {},
+        "rollout": {"entropies": True},
+    }
+    assert "annealing" not in chat
+    assert (completion["annealing"], completion["rollout"]) == ({}, True)
+    assert plain["chat_template_kwargs"] == {"annealing": None}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +112,7 @@ def test_a_rollout_arrives_as_numpy_arrays(script: Any) -> None:
         ({"annealing": {}}, {}),
         ({"annealing": {}}, {"rollout": {**ROLLOUT, "annealing": None}}),
         ({"rollout": True}, {}),
+        ({"chat_template_kwargs": {"annealing": {}}}, {}),
     ],
 )
 def test_an_ignored_schedule_is_an_error(
@@ -200,10 +217,10 @@ def test_every_transport_error_of_httpx_becomes_ours(script: Any) -> None:
             client.chat(MESSAGES)
 
 
-def stream(*chunks: Any) -> httpx.Response:
+def stream(*chunks: Any, end: str = "data: [DONE]\n\n") -> httpx.Response:
     events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
     headers = {"content-type": "text/event-stream"}
-    return httpx.Response(200, headers=headers, text="".join([*events, "data: [DONE]\n\n"]))
+    return httpx.Response(200, headers=headers, text="".join([*events, end]))
 
 
 def piece(text: str, **choice: Any) -> dict[str, Any]:
@@ -231,6 +248,33 @@ def test_a_stream_without_the_marker_is_an_error(script: Any) -> None:
     client, _ = script(stream(piece("a"), piece("b", finish_reason="stop")))
     with pytest.raises(ScheduleIgnored):
         list(client.stream_chat(MESSAGES, annealing={}))
+
+
+def test_a_stream_that_ends_early_is_an_error(script: Any) -> None:
+    """Also where a proxy ends the connection as if all were well."""
+    client, _ = script(stream(piece("a"), end=""))
+    chunks = client.stream_chat(MESSAGES)
+    assert next(chunks).choices[0].text == "a"
+    with pytest.raises(ConnectionFailed, match="before its last event"):
+        next(chunks)
+
+
+@pytest.mark.parametrize(
+    ("response", "says"),
+    [
+        (httpx.Response(404), "HTTP 404: Not Found; only ead servers have /v1/rollouts"),
+        (httpx.Response(404, json={"detail": "Not Found"}), "HTTP 404: Not Found; only ead"),
+        (httpx.Response(401), "HTTP 401: Unauthorized"),
+        (httpx.Response(422, text="no such type"), "HTTP 422: no such type"),
+    ],
+)
+def test_errors_in_the_shapes_of_routers_and_plain_servers_are_readable(
+    script: Any, response: httpx.Response, says: str
+) -> None:
+    client, _ = script(response)
+    with pytest.raises(RequestRefused) as caught:
+        client.rollouts(["x"])
+    assert str(caught.value).startswith(says)
 
 
 def test_errors_before_and_inside_a_stream(script: Any) -> None:

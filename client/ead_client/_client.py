@@ -65,17 +65,23 @@ class _Calls:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"  # never the key
 
-    def _body(
+    def _completion_body(
+        self, annealing: Annealing, rollout: bool | Mapping[str, bool], fields: Json
+    ) -> Json:
+        return {"model": self.model, **fields, **_asked(annealing, rollout)}
+
+    def _chat_body(
         self,
+        messages: Messages,
         annealing: Annealing,
         rollout: bool | Mapping[str, bool],
         fields: Json,
     ) -> Json:
-        body = {"model": self.model, **fields}
-        if annealing is not None:
-            body["annealing"] = dict(annealing)
-        if rollout:
-            body["rollout"] = rollout if isinstance(rollout, bool) else dict(rollout)
+        """Our fields go into `chat_template_kwargs`, which SGLang's router passes on."""
+        body = {"model": self.model, "messages": list(messages), **fields}
+        asked = _asked(annealing, rollout)
+        if asked:
+            body["chat_template_kwargs"] = {**(body.get("chat_template_kwargs") or {}), **asked}
         return body
 
     def _wait_before(self, attempt: int) -> float:
@@ -111,6 +117,16 @@ class _Calls:
         if idempotency_key:
             headers["idempotency-key"] = idempotency_key
         return {**body, "sampling_params": sampling_params}, headers
+
+
+def _asked(annealing: Annealing, rollout: bool | Mapping[str, bool]) -> Json:
+    """The fields of this project, where they say something."""
+    asked: Json = {}
+    if annealing is not None:
+        asked["annealing"] = dict(annealing)
+    if rollout:
+        asked["rollout"] = rollout if isinstance(rollout, bool) else dict(rollout)
+    return asked
 
 
 def _bearer(key: str | None) -> dict[str, str]:
@@ -169,11 +185,15 @@ def _check_status(response: httpx.Response) -> None:
         error = error.get("error", error)
     if not isinstance(error, dict):
         error = {"message": str(error)}
+    said = error.get("message") or error.get("detail") or response.text
+    message = str(said or response.reason_phrase)
+    if response.status_code == 404 and response.url.path.endswith(ROLLOUTS):
+        message = f"{message}; only ead servers have {ROLLOUTS}; SGLang's router passes none on"
     unavailable = response.status_code >= 500 or response.status_code == 429
     kind = ServerUnavailable if unavailable else RequestRefused
     raise kind(
         response.status_code,
-        str(error.get("message") or error)[:2000],
+        message[:2000],
         param=error.get("param"),
         kind=error.get("type"),
     )
@@ -195,8 +215,7 @@ def _parse(kind: type[AnswerT], text: str) -> AnswerT:
 def _checked_answer(body: Json, response: httpx.Response) -> Answer:
     """The answer, which must show that the schedule was honoured where one was asked for."""
     answer = _parse(Answer, response.text)
-    asked = "annealing" in body or "rollout" in body
-    for choice in answer.choices if asked else ():
+    for choice in answer.choices:
         _check_marker(
             body,
             choice.rollout is not None and choice.rollout.annealing is not None,
@@ -206,9 +225,10 @@ def _checked_answer(body: Json, response: httpx.Response) -> Answer:
 
 
 def _check_marker(body: Json, annealed: bool, recorded: bool) -> None:
-    if "annealing" in body and not annealed:
+    asked = {**body, **(body.get("chat_template_kwargs") or {})}
+    if asked.get("annealing") is not None and not annealed:
         raise ScheduleIgnored("asked for annealing, and the answer does not say it was applied")
-    if "rollout" in body and not recorded:
+    if asked.get("rollout") not in (None, False) and not recorded:
         raise ScheduleIgnored("asked for a rollout, and the answer carries none")
 
 
@@ -219,9 +239,15 @@ class _StreamCheck:
         self._body = body
         self._annealed: set[int] = set()
         self._recorded: set[int] = set()
+        self._ended = False
+
+    def check_end(self) -> None:
+        if not self._ended:
+            raise ConnectionFailed("the stream ended before its last event")
 
     def chunk(self, line: str) -> Chunk | None:
-        if not line.startswith("data: ") or line == "data: [DONE]":
+        self._ended = self._ended or line == "data: [DONE]"
+        if not line.startswith("data: ") or self._ended:
             return None
         data = line[len("data: ") :]
         if data.startswith('{"error"'):
@@ -282,7 +308,7 @@ class Client(_Calls):
         Raises ScheduleIgnored when the answer does not show the schedule, RequestRefused for a
         bad field, and the other errors of `ead_client`.
         """
-        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        body = self._chat_body(messages, annealing, rollout, fields)
         return _checked_answer(body, self.request("POST", CHAT, body))
 
     def complete(
@@ -294,7 +320,7 @@ class Client(_Calls):
         **fields: Any,
     ) -> Answer:
         """Continue one or several prompts, each a text or token ids; n of each, in order."""
-        body = self._body(annealing, rollout, {"prompt": prompt, **fields})
+        body = self._completion_body(annealing, rollout, {"prompt": prompt, **fields})
         return _checked_answer(body, self.request("POST", COMPLETIONS, body))
 
     def stream_chat(
@@ -306,13 +332,14 @@ class Client(_Calls):
         **fields: Any,
     ) -> Iterator[Chunk]:
         """The answer piece by piece; leaving the iteration ends the generation."""
-        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        body = self._chat_body(messages, annealing, rollout, fields)
         check = _StreamCheck(body)
         with self.stream(CHAT, {**body, "stream": True}) as response:
             for line in response.iter_lines():
                 chunk = check.chunk(line)
                 if chunk is not None:
                     yield chunk
+        check.check_end()
 
     def rollouts(
         self,
@@ -489,7 +516,7 @@ class AsyncClient(_Calls):
         **fields: Any,
     ) -> Answer:
         """See Client.chat."""
-        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        body = self._chat_body(messages, annealing, rollout, fields)
         return _checked_answer(body, await self.request("POST", CHAT, body))
 
     async def complete(
@@ -501,7 +528,7 @@ class AsyncClient(_Calls):
         **fields: Any,
     ) -> Answer:
         """See Client.complete."""
-        body = self._body(annealing, rollout, {"prompt": prompt, **fields})
+        body = self._completion_body(annealing, rollout, {"prompt": prompt, **fields})
         return _checked_answer(body, await self.request("POST", COMPLETIONS, body))
 
     async def stream_chat(
@@ -513,13 +540,14 @@ class AsyncClient(_Calls):
         **fields: Any,
     ) -> AsyncIterator[Chunk]:
         """See Client.stream_chat."""
-        body = self._body(annealing, rollout, {"messages": list(messages), **fields})
+        body = self._chat_body(messages, annealing, rollout, fields)
         check = _StreamCheck(body)
         async with self.stream(CHAT, {**body, "stream": True}) as response:
             async for line in response.aiter_lines():
                 chunk = check.chunk(line)
                 if chunk is not None:
                     yield chunk
+        check.check_end()
 
     async def rollouts(
         self,
