@@ -316,29 +316,69 @@ def test_the_async_client_runs_many_requests_at_once(
         check_against_reference(rollout, reference)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_openai_client_sees_temperatures_in_its_own_objects(
-    server: ServerProcess, stream: bool
+def entries_of(logprobs: Any, *, chat: bool) -> list[tuple[float, float, float]]:
+    """(temperature, model_logprob, logprob) of each token, from OpenAI's object."""
+    if chat:
+        return [(e.temperature, e.model_logprob, e.logprob) for e in logprobs.content]
+    columns = (logprobs.temperatures, logprobs.model_logprobs, logprobs.token_logprobs)
+    return list(zip(*columns, strict=True))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_the_openai_client_has_every_field_on_its_own_objects(
+    server: ServerProcess, reference: Reference, chat: bool, stream: bool, asynchronous: bool
 ) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as official:
-        answer = official.chat.completions.create(
-            model="tiny",
-            messages=[{"role": "user", "content": "hello"}],
-            max_tokens=12,
-            logprobs=True,
-            stream=stream,
-            extra_body={"annealing": FAST, "ignore_eos": True},
-        )
-        choices = [c.choices[0] for c in answer] if stream else [answer.choices[0]]
-    entries = [e for choice in choices if choice.logprobs for e in choice.logprobs.content or ()]
-    rollouts = [choice.rollout for choice in choices if hasattr(choice, "rollout")]
-    model_logprobs = [value for rollout in rollouts for value in rollout["model_logprobs"]]
-    temperatures = [value for rollout in rollouts for value in rollout["temperatures"]]
-    assert temperatures == pytest.approx(expected_temperatures(FAST, 12), abs=1e-6)
-    # SGLang drops the entries of stream chunks without text, never the arrays
-    assert len(entries) == 12 if not stream else 0 < len(entries) <= 12
-    pairs = set(zip(temperatures, model_logprobs, strict=True))
-    assert {(entry.temperature, entry.model_logprob) for entry in entries} <= pairs
+    fields: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "n": 2, "stream": stream}
+    fields["extra_body"] = {"annealing": FAST, "ignore_eos": True}
+    if stream:
+        fields["stream_options"] = {"include_usage": True}
+    if chat:
+        fields |= {"messages": [{"role": "user", "content": "hello"}], "logprobs": True}
+    else:
+        fields |= {"prompt": ["def ", "class "], "logprobs": 0}
+    to = {"base_url": f"{server.url}/v1", "api_key": "none"}
+
+    def ask() -> list[Any]:
+        with openai.OpenAI(**to) as official:
+            answer = (official.chat.completions if chat else official.completions).create(**fields)
+            return list(answer) if stream else [answer]
+
+    async def ask_asynchronously() -> list[Any]:
+        async with openai.AsyncOpenAI(**to) as official:
+            calls = official.chat.completions if chat else official.completions
+            answer = await calls.create(**fields)
+            return [part async for part in answer] if stream else [answer]
+
+    parts = asyncio.run(ask_asynchronously()) if asynchronous else ask()
+    rollouts: dict[int, list[dict[str, Any]]] = {}
+    entries: dict[int, list[tuple[float, float, float]]] = {}
+    for choice in (choice for part in parts for choice in part.choices):
+        if hasattr(choice, "rollout"):
+            rollouts.setdefault(choice.index, []).append(choice.rollout)
+        if choice.logprobs is not None:
+            entries.setdefault(choice.index, []).extend(entries_of(choice.logprobs, chat=chat))
+
+    answers = 2 if chat else 4
+    assert sorted(rollouts) == sorted(entries) == list(range(answers))
+    for index, chunks in rollouts.items():
+        names = ("token_ids", "temperatures", "logprobs", "model_logprobs")
+        columns = {name: [value for chunk in chunks for value in chunk[name]] for name in names}
+        rollout = Rollout.model_validate({**chunks[-1], **columns})
+        assert rollout.annealing == parse_annealing(FAST).model_dump()
+        assert np.abs(rollout.temperatures - expected_temperatures(FAST, 12)).max() < 1e-6
+        check_against_reference(rollout, reference)
+        recorded = iter(zip(*(columns[name] for name in names[1:]), strict=True))
+        for entry in entries[index]:
+            assert any((tau, model, mu) == pytest.approx(entry) for tau, mu, model in recorded)
+        # SGLang drops the entries of a chat's chunks without text, never the arrays
+        assert len(entries[index]) == 12 or (chat and stream)
+    *before, last = parts
+    assert last.usage.completion_tokens == 12 * answers
+    if stream:
+        assert last.choices == []
+        assert {part.usage for part in before} == {None}
 
 
 def test_completions_logprobs_gain_columns(server: ServerProcess) -> None:
