@@ -156,6 +156,13 @@ HOOKS = (
         "ead_server.launch:end_in_time",
         "SGLang waits for the answers in progress without end",
     ),
+    Hook(
+        f"{_MANAGER}.sigterm_watchdog",
+        "self",
+        "AROUND",
+        "ead_server.launch:drain_worker",
+        "the first of several tokenizer workers to be done would stop the scheduler for all",
+    ),
 )
 
 

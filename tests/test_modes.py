@@ -1,21 +1,24 @@
 """One more server, started so that everything moves: two tokenizer workers, chunked and mixed
 prefill, incremental streams, and requests retracted all the time, for want of memory and besides.
-Schedules must not notice."""
+Schedules must not notice. The last test ends the server."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from conftest import TINY_FLAGS, Reference
+from test_guard import answers_ready, begins, wait_for
 from test_kinds_served import SCHEDULES, check_all_kinds
 from test_server import FAST, check_against_reference, expected_temperatures
 
-from ead_client import Client, RequestRefused, Rollout
+from ead_client import Client, EadError, RequestRefused, Rollout, Rollouts
 from ead_server.process import ServerProcess
 
 FLAGS = (
@@ -25,6 +28,7 @@ FLAGS = (
     "--incremental-streaming-output",
     # memory for a few requests, and a scheduler that lets in more than will fit
     *("--max-total-tokens", "1024", "--schedule-conservativeness", "0.1"),
+    *("--restart", "--drain-seconds", "6"),
 )
 
 
@@ -97,3 +101,33 @@ def test_every_worker_checks_schedules(restless: ServerProcess) -> None:
                 client.complete("hi", annealing={"tau_max": 99}, max_tokens=1)
             assert client.complete("hi", annealing=FAST, max_tokens=1).choices
     assert httpx.get(f"{restless.url}/health", timeout=10).status_code == 200
+
+
+def test_several_workers_die_together_come_back_and_end_in_time(restless: ServerProcess) -> None:
+    """As one does, see test_guard.py; and the worker that is done first does not end the other."""
+
+    def ask(tokens: int) -> Rollouts:
+        with Client(restless.url, retries=0, timeout=120) as client:  # any of the workers
+            return client.rollouts(
+                ["x"], n=12, annealing=FAST, max_new_tokens=tokens, ignore_eos=True
+            )
+
+    with Client(restless.url, timeout=60) as client, ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(ask, 900) for _ in range(6)]
+        wait_for(lambda: begins(client), 30)
+        family = psutil.Process(restless.process.pid).children(recursive=True)
+        (scheduler,) = (p for p in family if "scheduler" in "".join(p.cmdline()))
+        scheduler.kill()
+        for call in calls:
+            assert isinstance(call.exception(timeout=30), EadError)
+
+        wait_for(lambda: answers_ready(restless), 240)
+        for _ in range(12):
+            assert len(ask(3).groups[0].answers) == 12
+        call = pool.submit(ask, 900)  # one worker's; the other one has nothing to do
+        wait_for(lambda: begins(client), 30)
+        restless.process.send_signal(signal.SIGTERM)
+        reasons = [a.finish_reason for a in call.result(timeout=60).groups[0].answers]
+        assert set(reasons) <= {"abort", "length"}
+        assert "abort" in reasons
+        assert restless.process.wait(timeout=60) == 0

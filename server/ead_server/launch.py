@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ead_sampler import device
@@ -80,12 +82,24 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
             f"WARNING: listening on {server_args.host} without an API key: whoever reaches this "
             "port can generate without limit; set EAD_API_KEY or --api-key-file"
         )
+    if server_args.tokenizer_worker_num > 1:
+        _end_when_a_child_dies()
     # before the model is loaded: SGLang finds out after it, then hangs in its warm-up
     hold_port(server_args.host, server_args.port).close()
     try:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _end_when_a_child_dies() -> None:
+    """SGLang sends its main process SIGQUIT then, and ends it there; but with several tokenizer
+    workers uvicorn's supervisor has taken that signal, and would do nothing."""
+    from sglang.srt.utils import kill_process_tree
+    from uvicorn.supervisors import Multiprocess
+
+    # the supervisor looks its handlers up by the signal's name
+    Multiprocess.handle_quit = lambda _: kill_process_tree(os.getpid())  # type: ignore[attr-defined]
 
 
 def _say(line: str) -> None:
@@ -122,7 +136,7 @@ def add_api_key_middleware(original: Callable[..., None], *args: Any, **keys: An
         original(*args, **keys)
 
 
-def end_in_time(result: None, handler: Any, *signal: Any) -> None:
+def end_in_time(result: None, handler: Any, *received: Any) -> None:
     """AFTER SignalHandler.sigterm_handler: what is not finished in time is aborted.
 
     Its clients get what was generated, with the finish reason "abort".
@@ -137,6 +151,22 @@ def end_in_time(result: None, handler: Any, *signal: Any) -> None:
 def _abort_all(manager: Any) -> None:
     manager.abort_request(abort_all=True)
     manager.event_loop.call_later(1.0, lambda: _abort_all(manager))  # what was still queued
+
+
+async def drain_worker(original: Callable[..., Awaitable[None]], manager: Any) -> None:
+    """AROUND TokenizerManager.sigterm_watchdog: one tokenizer worker of several ends alone.
+
+    SGLang's own would take the scheduler with it, at which the others are still at work.
+    """
+    from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
+
+    if current() is None or not isinstance(manager, TokenizerWorker):
+        await original(manager)
+        return
+    while not manager.gracefully_exit or manager.rid_to_state:
+        await asyncio.sleep(0.2)
+    # uvicorn's to handle, as SIGTERM was until SGLang took it: it sends what is left, and ends
+    signal.raise_signal(signal.SIGINT)
 
 
 def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:
