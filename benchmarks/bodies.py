@@ -39,23 +39,32 @@ class Bodies(NamedTuple):
     native: bytes  # SGLang's /generate with log-probabilities
     json: bytes  # /v1/rollouts
     safetensors: bytes  # /v1/rollouts
+    json_gzip_size: int  # bytes, as the server sent it
+    safetensors_gzip_size: int  # bytes
 
 
 def recorded(plain_url: str, our_url: str, tokens: int) -> Bodies:
     params = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
     native = {"text": PROMPT, "sampling_params": {**params, "n": ANSWERS}, "return_logprob": True}
     ours = {"prompts": [PROMPT], "n": ANSWERS, "annealing": {}, "sampling_params": params}
+    key = {"idempotency-key": str(time.time_ns())}  # the same answers in every form
+
+    def rollouts(accept: str, encoding: str) -> httpx.Response:
+        headers = {"accept": accept, "accept-encoding": encoding, **key}
+        return _post(f"{our_url}/v1/rollouts", ours, headers)
+
+    forms = (packing.JSON, packing.SAFETENSORS)
     return Bodies(
-        _post(f"{plain_url}/generate", native, packing.JSON),
-        _post(f"{our_url}/v1/rollouts", ours, packing.JSON),
-        _post(f"{our_url}/v1/rollouts", ours, packing.SAFETENSORS),
+        _post(f"{plain_url}/generate", native, {}).content,
+        *(rollouts(form, "identity").content for form in forms),
+        *(rollouts(form, "gzip").num_bytes_downloaded for form in forms),
     )
 
 
-def _post(url: str, body: Json, accept: str) -> bytes:
-    response = httpx.post(url, json=body, headers={"accept": accept}, timeout=600)
+def _post(url: str, body: Json, headers: dict[str, str]) -> httpx.Response:
+    response = httpx.post(url, json=body, headers=headers, timeout=600)
     response.raise_for_status()
-    return response.content
+    return response
 
 
 # --- the big case ------------------------------------------------------------------------------

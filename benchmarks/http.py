@@ -6,7 +6,8 @@ Ours against plain SGLang, a tiny random model on both.
                  SGLang's log-probabilities; with `annealing` also the temperatures and both
                  log-probabilities, in SGLang's `logprobs` and as arrays
     sizes        bytes per generated token of one prompt's answers: SGLang's /generate with
-                 log-probabilities, and /v1/rollouts as JSON and as safetensors; gzip at level 6
+                 log-probabilities, and /v1/rollouts as JSON and as safetensors; each also as gzip,
+                 ours as the server sends it, SGLang's (which it never compresses) made here
     big case     64 prompts x 16 answers x 1024 tokens, built from recorded shapes and not
                  generated (see benchmarks/bodies.py): bytes, and the client's time from bytes to
                  arrays, for token ids of SmolLM2's vocabulary and of one of 151,936
@@ -45,6 +46,7 @@ from rich.table import Table
 from benchmarks.bodies import ANSWERS, PROMPT, Bodies, big_case, milliseconds, read_native, recorded
 from ead_client._rollouts import unpack
 from ead_sampler import device
+from ead_server import packing
 from ead_server.launch import with_defaults
 from ead_server.process import ServerProcess
 
@@ -143,10 +145,13 @@ def under_load(
 
 def sizes(bodies: Bodies, tokens: int) -> Iterator[Compared]:
     count = ANSWERS * tokens
-    for form, body in (("JSON", bodies.json), ("safetensors", bodies.safetensors)):
-        yield Compared(form, [len(bodies.native) / count], [len(body) / count])
-        native, ours = (len(gzip.compress(b, 6)) / count for b in (bodies.native, body))
-        yield Compared(f"{form}, both compressed", [native], [ours])
+    native, compressed = len(bodies.native), len(gzip.compress(bodies.native, packing.GZIP_LEVEL))
+    for form, size, gzip_size in (
+        ("JSON", len(bodies.json), bodies.json_gzip_size),
+        ("safetensors", len(bodies.safetensors), bodies.safetensors_gzip_size),
+    ):
+        yield Compared(form, [native / count], [size / count])
+        yield Compared(f"{form}, gzip", [compressed / count], [gzip_size / count])
 
 
 def of_the_big_case(

@@ -309,6 +309,13 @@ def test_the_async_client_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(lines.requests) == 5
 
 
+def test_answers_come_compressed_only_if_told() -> None:
+    for options, encoding in (({}, "identity"), ({"compress": True}, "gzip")):
+        lines = Script(answer())
+        Client("http://x", transport=httpx.MockTransport(lines), **options).chat(MESSAGES)
+        assert lines.requests[0].headers["accept-encoding"] == encoding
+
+
 def test_the_key_is_sent_and_never_shown() -> None:
     lines = Script(answer())
     client = Client("http://x", api_key="s3cret", transport=httpx.MockTransport(lines))

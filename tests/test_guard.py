@@ -59,7 +59,8 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def ask(
     server: ServerProcess, method: str, path: str, key: str | None = KEY, **options: Any
 ) -> httpx.Response:
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = {"accept-encoding": "identity"}
+    headers |= {"authorization": f"Bearer {key}"} if key else {}
     return httpx.request(method, server.url + path, headers=headers, timeout=60, **options)
 
 

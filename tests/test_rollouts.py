@@ -7,6 +7,8 @@ import contextlib
 import json
 import re
 import time
+import zlib
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -80,21 +82,31 @@ def test_every_form_of_prompt_gives_n_exact_answers(client: Client, reference: R
 
 
 def test_all_forms_of_an_answer_say_the_same(server: ServerProcess) -> None:
-    """The same kept job, written four ways."""
+    """The same kept job, written four ways, each also compressed."""
     body = {"prompts": ["def ", [5, 6, 7], [99_999]], "n": 3, "annealing": FAST}
     body["sampling_params"] = {"max_new_tokens": 12}
     headers = {"idempotency-key": "four-ways", **server.admin_headers}
 
     def get(accept: str) -> httpx.Response:
-        answer = httpx.post(
-            f"{server.url}/v1/rollouts",
-            json=body,
-            headers={**headers, "accept": accept},
-            timeout=60,
-        )
-        assert answer.status_code == 200
-        assert answer.headers["content-type"].startswith(accept)
-        return answer
+        answers = {}
+        for encoding in ("gzip;q=0, identity", "br, gzip;q=0.5"):
+            answers[encoding] = answer = httpx.post(
+                f"{server.url}/v1/rollouts",
+                json=body,
+                headers={**headers, "accept": accept, "accept-encoding": encoding},
+                timeout=60,
+            )
+            assert answer.status_code == 200
+            assert answer.headers["content-type"].startswith(accept)
+            assert answer.headers["vary"].startswith("accept, accept-encoding")
+        plain, compressed = answers.values()
+        assert "content-encoding" not in plain.headers
+        assert compressed.headers["content-encoding"] == "gzip"
+        assert compressed.num_bytes_downloaded < plain.num_bytes_downloaded
+        assert len(compressed.content) == len(plain.content)
+        if accept in ("application/json", WHOLE):  # streams: in the order of completion
+            assert compressed.content == plain.content
+        return compressed
 
     whole = get("application/json").json()
     lines = [json.loads(line) for line in get("application/x-ndjson").text.splitlines()]
@@ -197,21 +209,24 @@ def test_answers_of_a_group_never_share_a_seed() -> None:
     assert seeds == [5, 6, 7]
 
 
-def test_groups_arrive_as_they_complete(client: Client) -> None:
+@pytest.mark.parametrize("compress", [False, True], ids=["as they are", "compressed"])
+def test_groups_arrive_as_they_complete(client: Client, compress: bool) -> None:
     """A short prompt's group is there while a long one is still generated."""
     prompts = [{"text": "a", "n": 1}, {"text": "b", "n": 1}]
-    # the first can stop only at its limit; the second stops at its first token
-    stream = client.stream_rollouts(
-        [{**prompts[0], "metadata": "long"}, {"token_ids": [5] * 5000, "metadata": "fails"}],
-        annealing={},
-        **LONG,
-    )
-    assert next(stream).metadata == "fails"
-    stream.close()
+    with Client(client.base_url, compress=compress) as asking:
+        # the first can stop only at its limit; the second stops at its first token
+        stream = asking.stream_rollouts(
+            [{**prompts[0], "metadata": "long"}, {"token_ids": [5] * 5000, "metadata": "fails"}],
+            annealing={},
+            **LONG,
+        )
+        assert next(stream).metadata == "fails"
+        wait_until(client, lambda count: count > 0)
+        stream.close()
     wait_until_idle(client)
 
     async def both() -> list[Any]:
-        async with AsyncClient(client.base_url) as other:
+        async with AsyncClient(client.base_url, compress=compress) as other:
             call = other.stream_rollouts(prompts, annealing=FAST, max_new_tokens=4)
             return [group.index async for group in call]
 
@@ -433,6 +448,23 @@ def test_what_is_packed_is_unpacked(groups: list[tuple[list[int], list[dict[str,
                 assert answer.rollout is not None
                 for name in ("token_ids", "temperatures", "logprobs", "model_logprobs"):
                     assert np.array_equal(getattr(answer.rollout, name), want[name])
+
+
+def test_each_part_of_a_compressed_stream_can_be_read_when_it_arrives() -> None:
+    parts = [b"first", b"", bytes(range(256)) * 1000, b"last"]
+
+    async def generate() -> AsyncGenerator[bytes, None]:
+        for part in parts:
+            yield part
+
+    async def read() -> list[bytes]:
+        reader = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        pieces = packing.compressed_parts(generate())
+        read = [reader.decompress(piece) async for piece in pieces]
+        assert reader.eof
+        return read
+
+    assert asyncio.run(read()) == [*parts, b""]
 
 
 def test_the_arrays_of_an_answer_are_views_of_its_bytes() -> None:

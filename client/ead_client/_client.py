@@ -54,11 +54,13 @@ class _Calls:
         retries: int,
         model: str,
         admin_api_key: str | None,
+        compress: bool,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.model = model
         self._retries = retries
-        headers = _bearer(api_key)
+        # httpx would ask for compressed answers by itself
+        headers = {"accept-encoding": "gzip" if compress else "identity", **_bearer(api_key)}
         self._admin_headers = _bearer(admin_api_key)
         self._options: Json = {"base_url": self.base_url, "timeout": timeout, "headers": headers}
 
@@ -271,7 +273,8 @@ class Client(_Calls):
 
     timeout: seconds or httpx.Timeout. retries: further tries, with growing pauses, of what is
     safe to send again: reads, and calls that the server never began. model: as served.
-    admin_api_key: for calls that change the server, see `request`.
+    admin_api_key: for calls that change the server, see `request`. compress: rollouts come
+    compressed, a sixth smaller: for slow networks, on others it takes longer than it saves.
     """
 
     def __init__(
@@ -283,6 +286,7 @@ class Client(_Calls):
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
         retries: int = 3,
         model: str = "default",
+        compress: bool = False,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         super().__init__(
@@ -292,6 +296,7 @@ class Client(_Calls):
             timeout=timeout,
             retries=retries,
             model=model,
+            compress=compress,
         )
         self._http = httpx.Client(transport=transport, **self._options)
 
@@ -495,6 +500,7 @@ class AsyncClient(_Calls):
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
         retries: int = 3,
         model: str = "default",
+        compress: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         super().__init__(
@@ -504,6 +510,7 @@ class AsyncClient(_Calls):
             timeout=timeout,
             retries=retries,
             model=model,
+            compress=compress,
         )
         self._http = httpx.AsyncClient(transport=transport, **self._options)
 

@@ -35,7 +35,9 @@ def _metrics() -> Any:
         requests=Counter("ead_requests", "Annealed or recorded answers finished", ["schedule"]),
         tokens=Counter("ead_tokens", "Tokens of annealed or recorded answers", ["schedule"]),
         refused=Counter("ead_refused", "Requests refused", ["reason"]),
-        rollout_bytes=Counter("ead_rollout_bytes", "Bytes of /v1/rollouts answers", ["format"]),
+        rollout_bytes=Counter(
+            "ead_rollout_bytes", "Bytes of /v1/rollouts answers, uncompressed", ["format"]
+        ),
         rollout_seconds=Histogram(
             "ead_rollout_seconds", "Duration of /v1/rollouts calls", buckets=_SECONDS
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 import orjson
@@ -170,9 +170,10 @@ async def create_rollouts(request: Request) -> Response:
     """n answers to each of many prompts, with everything that a trainer needs of each token.
 
     `Accept` chooses the form: `application/json`, `application/vnd.safetensors`, or group by group
-    as they complete, `application/x-ndjson` or `application/vnd.safetensors-seq`. One prompt's
-    failure is that group's `error`. Without an `Idempotency-Key` header, closing the connection
-    stops the generation at once; with one it goes on, and the same request finds it again.
+    as they complete, `application/x-ndjson` or `application/vnd.safetensors-seq`;
+    `Accept-Encoding: gzip` compresses any of them. One prompt's failure is that group's `error`.
+    Without an `Idempotency-Key` header, closing the connection stops the generation at once; with
+    one it goes on, and the same request finds it again.
     """
     body = await request.body()
     parsed = RolloutRequest.model_validate(orjson.loads(body))
@@ -186,16 +187,25 @@ async def create_rollouts(request: Request) -> Response:
         if key:
             _kept.keep(key, body, job)
     started = time.perf_counter()
+    headers = {"vary": "accept, accept-encoding"}
+    compress = packing.accepts_gzip(request.headers.get("accept-encoding", ""))
+    if compress:
+        headers["content-encoding"] = "gzip"
     if form in (packing.NDJSON, packing.FRAMES):
         parts = _streamed(job, form, started, keep=key is not None)
-        return StreamingResponse(parts, media_type=form)
+        body_parts = packing.compressed_parts(parts) if compress else parts
+        return StreamingResponse(body_parts, media_type=form, headers=headers)
     await _finished_or_gone(job, request, keep=key is not None)
     content = packing.json_answer(job) if form == packing.JSON else packing.binary_answer(job)
     metrics.count_rollouts(packing.FORMATS[form], len(content), time.perf_counter() - started)
-    return Response(content, media_type=form)
+    if compress:
+        content = await packing.compressed(content)
+    return Response(content, media_type=form, headers=headers)
 
 
-async def _streamed(job: Job, form: str, started: float, *, keep: bool) -> AsyncIterator[bytes]:
+async def _streamed(
+    job: Job, form: str, started: float, *, keep: bool
+) -> AsyncGenerator[bytes, None]:
     one, last = (
         (packing.json_line, packing.last_json_line)
         if form == packing.NDJSON
