@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Tokens and vocabulary entries of a tile. On a CPU it stays in the caches, and far below the 32 MiB
-# from which malloc returns memory to the system after every use, to fault it in again. A GPU wants
-# few launches.
-CPU_TILE = (1024, 1024)
-GPU_TILE = (4096, 4096)
+# Tokens and vocabulary entries of a tile. Large, since a CPU's threads wait for each other after
+# every operation on one, long where the cores are shared, and a GPU wants few launches. A CPU's is
+# 16 MiB: from 32 MiB on, malloc returns memory to the system after every use, to fault it in again.
+CPU_TILE = (1024, 4096)
+GPU_TILE = (2048, 8192)
 
 
 class TokenLogprobs(NamedTuple):
