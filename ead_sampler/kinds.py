@@ -108,7 +108,7 @@ class Ead(_EadNumbers, PositionSchedule):
     @staticmethod
     def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
         tau_max, tau_min, decay, warmup = numbers[:4]
-        return torch.where(t < warmup, 1.0, _ead(t, tau_max, tau_min, decay))
+        return _ead(t, tau_max, tau_min, decay).masked_fill(t < warmup, 1.0)
 
 
 @register
@@ -122,7 +122,7 @@ class Reverse(_EadNumbers, PositionSchedule):
     def evaluate(t: Tensor, numbers: Numbers, entropy: Tensor) -> Tensor:
         tau_max, tau_min, decay, warmup = numbers[:4]
         mirrored = tau_min + (tau_max - _ead(t, tau_max, tau_min, decay))
-        return torch.where(t < warmup, 1.0, torch.minimum(mirrored, tau_max))
+        return torch.minimum(mirrored, tau_max).masked_fill(t < warmup, 1.0)
 
 
 @register

@@ -227,46 +227,44 @@ _AT_ONCE_CPU, _AT_ONCE_GPU = 1 << 19, 1 << 24
 
 
 def entropy_of(logprobs: Tensor) -> Tensor:
-    """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0.
-
-    Replaces them in place by -1e30, since 0 * -inf is not a number.
-    """
+    """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0."""
     at_once = _AT_ONCE_CPU if logprobs.device.type == "cpu" else _AT_ONCE_GPU
     rows = max(1, at_once // logprobs.shape[1])
     entropies = []
-    for part in logprobs.clamp_(min=-1e30).split(rows):
+    for part in logprobs.split(rows):
         probs = torch.exp(part, out=_workspace(part, "probabilities"))
-        entropies.append(-torch.linalg.vecdot(probs, part))
+        entropies.append(-probs.mul_(part).nansum(1))  # 0 * -inf is not a number
     return torch.cat(entropies)
 
 
 def _sampled_values(
     sampled: Tensor, token_ids: Tensor, info: Any, model_logprobs: Tensor, entropies: Tensor | None
 ) -> Tensor:
-    """float32 [B, 4] on the device: temperature, behaviour and model log-probability, entropy.
+    """float32 [B, 3 or 4] on the device: temperature, behaviour and model log-probability, and the
+    entropy where known.
 
     sampled: [B, V], what SGLang's sampler left behind: probabilities at tau (it computes softmax
     in place), or untouched logits when the whole batch is greedy. model_logprobs: float32 [B, V].
     """
-    chosen = token_ids.to(torch.int64).view(-1, 1)
-    temperatures = info.temperatures.view(-1)
+    chosen = token_ids.to(torch.int64).unsqueeze(1)
+    temperatures = info.temperatures
     if info.is_all_greedy:
         logprobs = torch.zeros_like(temperatures)
     else:
-        logprobs = sampled.gather(1, chosen).squeeze(1).float().log()
+        logprobs = sampled.gather(1, chosen).float().log()
         if info.need_top_p_sampling or info.need_top_k_sampling or info.need_min_p_sampling:
             kept = kept_mass(
                 sampled, info.top_ks, info.top_ps, info.min_ps, renormalised=_renormalises(info)
             )
-            logprobs = logprobs - kept.log()
+            logprobs = logprobs - kept.log().unsqueeze(1)
     if info.is_any_greedy:  # greedy is the limit tau -> 0: one token, with probability 1
-        greedy = info.top_ks <= 1
-        temperatures = torch.where(greedy, 0.0, temperatures)
-        logprobs = torch.where(greedy, 0.0, logprobs)
-    if entropies is None:
-        entropies = torch.zeros_like(temperatures)
-    model = model_logprobs.gather(1, chosen).squeeze(1)
-    return torch.stack([temperatures, logprobs, model, entropies], dim=1)
+        greedy = info.top_ks.unsqueeze(1) <= 1
+        temperatures = temperatures.masked_fill(greedy, 0.0)
+        logprobs = logprobs.masked_fill(greedy, 0.0)
+    columns = [temperatures, logprobs, model_logprobs.gather(1, chosen)]
+    if entropies is not None:
+        columns.append(entropies.unsqueeze(1))
+    return torch.cat(columns, dim=1)
 
 
 def kept_mass(
@@ -307,7 +305,7 @@ class SampledOnDevice:
     """One step's values and state on the device (SGLang's DeviceAuxiliaryOutput)."""
 
     def __init__(self, values: Tensor | None, state: Tensor | None) -> None:
-        self.values = values  # float32 [B, 4], see _sampled_values
+        self.values = values  # float32 [B, 3 or 4], see _sampled_values
         self.state = state  # float32 [B, 3], see AnnealedRows.remember
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> SampledOnHost:
