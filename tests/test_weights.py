@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ead_client import Client, Rollout, ServerUnavailable
 from ead_server.process import ServerProcess
+from ead_server.weights import spool_prefix
 from trainer_bridge import Policy, SyncConfig, weight_publisher
 from trainer_bridge.errors import WeightUpdateFailed
 
@@ -90,9 +91,9 @@ def _original(client: Client, reference: Reference, tmp_path: Path) -> Iterator[
     restore()
 
 
-def spooled() -> list[Path]:
+def spooled(server: ServerProcess) -> list[Path]:
     """Where the server keeps tensors that are coming."""
-    return list(Path(tempfile.gettempdir()).glob("ead-weights-*"))
+    return list(Path(tempfile.gettempdir()).glob(spool_prefix(server.process.pid) + "*"))
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
@@ -107,7 +108,7 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_after_each_way_the_server_samples_from_the_new_weights_and_says_so(
-    way: str, client: Client, reference: Reference, tmp_path: Path
+    way: str, server: ServerProcess, client: Client, reference: Reference, tmp_path: Path
 ) -> None:
     name = client.request("GET", "/v1/models").json()["data"][0]["id"]
     publisher = weight_publisher(client, config(way, tmp_path / "weights"))
@@ -126,7 +127,7 @@ def test_after_each_way_the_server_samples_from_the_new_weights_and_says_so(
         assert gaps(rollout, reference.model).max() > 1
     assert client.request("GET", "/v1/models").json()["data"][0]["id"] == name
     assert client.request("GET", "/health/ready").json() == {"status": "ready"}
-    assert not spooled()
+    assert not spooled(server)
     assert not (tmp_path / "weights").exists() or not list((tmp_path / "weights").iterdir())
 
 
@@ -331,6 +332,7 @@ def of_another_dtype(tensors: dict[str, Tensor]) -> str:
 def test_what_does_not_fit_is_a_400_and_the_old_weights_stay(
     way: str,
     spoil: Callable[[dict[str, Tensor]], str],
+    server: ServerProcess,
     client: Client,
     reference: Reference,
     tmp_path: Path,
@@ -343,7 +345,7 @@ def test_what_does_not_fit_is_a_400_and_the_old_weights_stay(
     assert says in error["message"]
     assert error["param"] in error["message"]
     assert serves(client, reference.model, "default")
-    assert not spooled()
+    assert not spooled(server)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -497,6 +499,7 @@ def stuck_trainer(
 @pytest.mark.parametrize("way", ["tensors", "disk"])
 def test_a_trainer_killed_while_it_sends_leaves_the_old_weights_serving(
     way: str,
+    server: ServerProcess,
     client: Client,
     reference: Reference,
     tmp_path: Path,
@@ -504,7 +507,7 @@ def test_a_trainer_killed_while_it_sends_leaves_the_old_weights_serving(
 ) -> None:
     trainer = stuck_trainer(way)
     if way == "tensors":
-        wait_for(spooled)
+        wait_for(lambda: spooled(server))
         assert client.request("GET", "/health/ready").json() == {"status": "ready"}
         other = weight_publisher(client, config("disk", tmp_path / "other"))
         with pytest.raises(WeightUpdateFailed, match="version half is in progress") as failed:
@@ -513,7 +516,7 @@ def test_a_trainer_killed_while_it_sends_leaves_the_old_weights_serving(
     assert serves(client, reference.model, "default")  # while it comes
     trainer.kill()
     trainer.join()
-    wait_for(lambda: not spooled())
+    wait_for(lambda: not spooled(server))
     assert serves(client, reference.model, "default")
     new = perturbed(reference, 10)
     weight_publisher(client, config(way, tmp_path / "half")).publish(named_tensors(new), "half")

@@ -13,6 +13,7 @@ engine, which is paused meanwhile, so a trainer that dies in it leaves it paused
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -44,6 +45,11 @@ Bucket = Sequence[tuple[str, Spec]]
 
 CONNECT_SECONDS = 5.0  # to the trainer, before the engine waits for it
 BUSY_SECONDS = 30.0  # for requests that keep the cache from being flushed
+
+
+def spool_prefix(process_id: int) -> str:
+    """Of the folder for temporary files in which a server keeps the tensors that are coming."""
+    return f"ead-weights-{process_id}-"
 
 
 class Group(BaseModel):
@@ -107,7 +113,7 @@ class Weights:
         with self._claimed(version):
             started = time.perf_counter()
             try:
-                with tempfile.TemporaryDirectory(prefix="ead-weights-") as folder:
+                with tempfile.TemporaryDirectory(prefix=spool_prefix(os.getpid())) as folder:
                     await receive_files(body, Path(folder), self.manifest)
                     transfer = time.perf_counter() - started
                     load = partial(self._load_folder, folder)
