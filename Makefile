@@ -5,7 +5,7 @@ SGLANG := sglang==0.5.23
 COMPARED := trl==1.16.0 verl==0.9.1
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test check format bench learn clean
+.PHONY: help venv demo test check format soak bench learn clean
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
@@ -43,6 +43,9 @@ check: venv ## format, lint, types
 format: venv ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+soak: venv ## more than 10,000 requests that nobody would send; SEED=1, 2, ... are others
+	@EAD_FUZZ_SCALE=4 EAD_FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 bench: venv ## the whole server's speed against plain SGLang
 	@$(BIN)/python -m benchmarks.decode

@@ -15,10 +15,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor
 
 from ead_sampler.schedule import (
@@ -33,6 +39,7 @@ from ead_sampler.schedule import (
     Tokens,
     parse_annealing,
     register,
+    shown,
 )
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -41,7 +48,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 # The paper's printed numbers and those of its public code differ by a factor of 20 in d_s; what
 # was really run is the default.
-DEFAULT_PRESET = "recipe"
+_DEFAULT = PRESETS["recipe"]
 
 
 class _Range(Annealing):
@@ -72,9 +79,11 @@ class _EadNumbers(_Range):
     preset: Literal["recipe", "paper"] | None = Field(
         None, description="named decay, decay_growth and decay_cap; explicit numbers win"
     )
-    decay: Tokens = Field(..., description="d_0, tokens")
-    decay_growth: float = Field(..., ge=0.0, le=1e9, description="g, tokens per training step")
-    decay_cap: Tokens = Field(..., description="largest d_s, tokens")
+    decay: Tokens = Field(_DEFAULT["decay"], description="d_0, tokens")
+    decay_growth: float = Field(
+        _DEFAULT["decay_growth"], ge=0.0, le=1e9, description="g, tokens per training step"
+    )
+    decay_cap: Tokens = Field(_DEFAULT["decay_cap"], description="largest d_s, tokens")
     warmup: int = Field(10, ge=0, le=1_000_000, description="first tokens, at temperature 1")
 
     @model_validator(mode="before")
@@ -82,10 +91,9 @@ class _EadNumbers(_Range):
     def _fill_from_preset(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        preset = raw.get("preset") or DEFAULT_PRESET
-        numbers = PRESETS.get(preset) if isinstance(preset, str) else None
-        # An unknown preset is reported by its own field; any numbers will do until then.
-        return {**(numbers or PRESETS[DEFAULT_PRESET]), **raw}
+        preset = raw.get("preset")
+        # an unknown preset is reported by its own field
+        return {**PRESETS.get(preset, {}), **raw} if isinstance(preset, str) else raw
 
     @property
     def decay_now(self) -> float:
@@ -221,7 +229,7 @@ class Piecewise(PositionSchedule):
     """Straight lines between knots (t, tau); constant before the first and after the last."""
 
     schedule: Literal["piecewise"] = "piecewise"
-    knots: list[list[float]] = Field(
+    knots: list[Annotated[list[float], Field(fail_fast=True)]] = Field(
         ..., min_length=1, max_length=MAX_KNOTS, description="[[t, tau], ...], t rising"
     )
 
@@ -232,7 +240,7 @@ class Piecewise(PositionSchedule):
         for index, knot in enumerate(knots):
             path = f"annealing.knots[{index}]"
             if len(knot) != 2:
-                raise AnnealingError(path, f"must be [t, tau], got {knot}")
+                raise AnnealingError(path, f"must be [t, tau], got {shown(knot)}")
             t, tau = knot
             if not before < t <= 1e9 or t < 0:
                 low = "0" if index == 0 else f"above {before:g}"
@@ -368,6 +376,10 @@ MAX_MARKS = 1024  # token ids that may restart a clock
 TokenIds = list[int]
 
 
+# Of any kind without state, see Segment._parse_part; the base class alone has too few fields.
+Part = Annotated[SerializeAsAny[Annealing], WithJsonSchema({"type": "object"})]
+
+
 @register
 class Segment(Annealing):
     """`thinking`, whose clock restarts after given tokens, and `answer` after the end of thinking.
@@ -378,10 +390,8 @@ class Segment(Annealing):
     """
 
     schedule: Literal["segment"] = "segment"
-    thinking: SerializeAsAny[Annealing] = Field(..., description="schedule from the first token")
-    answer: SerializeAsAny[Annealing] | None = Field(
-        None, description="schedule after the end of thinking"
-    )
+    thinking: Part = Field(..., description="schedule from the first token")
+    answer: Part | None = Field(None, description="schedule after the end of thinking")
     restart_token_ids: TokenIds = Field([], max_length=MAX_MARKS)
     restart_strings: list[str] = Field([], max_length=16)
     end_of_thinking_token_ids: TokenIds = Field([], max_length=MAX_MARKS)
@@ -488,7 +498,8 @@ def _tokens_with(string: str, tokenizer: Any, path: str) -> set[int]:
     if not found:
         ids = tokenizer.encode(string, add_special_tokens=False)
         raise AnnealingError(
-            path, f"no single token of this model contains {string!r} (it is {len(ids)}: {ids})"
+            path,
+            f"no single token of this model contains {shown(string)} (it is {len(ids)}: {ids})",
         )
     return found
 

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ead_sampler.defaults import default_annealing, shared_defaults, with_step
-from ead_sampler.schedule import AnnealingError, parse_annealing
+from ead_sampler.schedule import AnnealingError, parse_annealing, shown
 
 ANNEALING = "annealing"
 ROLLOUT = "rollout"
@@ -62,7 +62,9 @@ def check_rollout(raw: object) -> bool | dict[str, bool]:
     if isinstance(raw, dict) and set(raw) <= {"entropies"}:
         if isinstance(raw.get("entropies", False), bool):
             return dict(raw)
-        raise AnnealingError("rollout.entropies", f"must be a boolean, got {raw['entropies']!r}")
+        raise AnnealingError(
+            "rollout.entropies", f"must be a boolean, got {shown(raw['entropies'])}"
+        )
     raise AnnealingError(ROLLOUT, 'must be a boolean or {"entropies": true}')
 
 
@@ -71,7 +73,8 @@ def check_sampling(params: Mapping[str, Any]) -> None:
     temperature, top_k = params.get("temperature"), params.get("top_k")
     if temperature is not None and temperature != 1:
         raise AnnealingError(
-            "temperature", f"must be absent or 1 together with annealing, got {temperature!r}"
+            "temperature",
+            f"must be absent or 1 together with annealing, got {shown(temperature)}",
         )
     if top_k == 1:
         raise AnnealingError("top_k", "must not be 1 (greedy) together with annealing")
@@ -163,7 +166,7 @@ def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
         check_server_mode(moved)
     custom = params.get("custom_params") or {}
     if not isinstance(custom, dict):
-        raise AnnealingError("custom_params", f"must be an object, got {custom!r:.80}")
+        raise AnnealingError("custom_params", f"must be an object, got {shown(custom)}")
     params["custom_params"] = {**custom, **moved}
     return params
 

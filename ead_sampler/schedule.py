@@ -7,6 +7,7 @@ from positions to temperatures.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -35,6 +36,13 @@ class _Checked(BaseModel):
     """Every number finite and in range, no unknown keys, nothing converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and len(raw) > 100:  # pydantic would tell of each
+            raise AnnealingError("annealing", "has too many keys")
+        return raw
 
 
 class Annealing(_Checked):
@@ -164,12 +172,12 @@ def register(kind: type[Kind]) -> type[Kind]:
 def parse_annealing(raw: object) -> Annealing:
     """Check what a client sent. Raises AnnealingError naming the field, the range and the value."""
     if not isinstance(raw, dict):
-        raise AnnealingError("annealing", f"must be an object, got {_shown(raw)}")
+        raise AnnealingError("annealing", f"must be an object, got {shown(raw)}")
     name = raw.get("schedule", DEFAULT_SCHEDULE)
     kind = REGISTRY.get(name) if isinstance(name, str) else None
     if kind is None:
         allowed = ", ".join(f"'{known}'" for known in REGISTRY)
-        raise AnnealingError("annealing.schedule", f"must be one of {allowed}, got {_shown(name)}")
+        raise AnnealingError("annealing.schedule", f"must be one of {allowed}, got {shown(name)}")
     try:
         return kind.model_validate(raw)
     except AnnealingError:
@@ -207,7 +215,7 @@ def _describe(kind: type[BaseModel], error: Any) -> AnnealingError:
         wanted = "an object"
     else:
         wanted = str(error.get("ctx", {}).get("expected") or _lowered(error["msg"]))
-    return AnnealingError(path, f"must be {wanted}, got {_shown(value)}")
+    return AnnealingError(path, f"must be {wanted}, got {shown(value)}")
 
 
 def _members(annotation: Any) -> Sequence[Any]:
@@ -224,7 +232,10 @@ def _lowered(sentence: str) -> str:
     return sentence.removeprefix("Input should be ").removeprefix("Value should be ")
 
 
-def _shown(value: object) -> str:
-    """A client's value, short enough for an error message and a log line."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def shown(value: object) -> str:
+    """A client's value, short enough for an error message and a log line, however deep it is."""
+    return _short.repr(value)
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring = 3, 80

@@ -443,6 +443,12 @@ def test_an_embedding_server_embeds_and_refuses_to_generate(start: Any) -> None:
     with start("--is-embedding", EAD_ANNEALING="{}") as process:
         process.wait_until_ready()
         body = {"model": "tiny", "input": "hello"}
+        for unknown in ([10**6], [[5], [-1]]):  # SGLang's scheduler would die of them
+            answer = httpx.post(
+                f"{process.url}/v1/embeddings", json={**body, "input": unknown}, timeout=60
+            )
+            assert answer.status_code == 400
+            assert "must be token ids in [0, 1023]" in answer.text
         params = {"max_new_tokens": 2}
         elsewhere, embeds = "annealing: not on this route", "does not generate on this server"
         for route, asked, says in (

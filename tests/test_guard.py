@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +16,22 @@ import httpx
 import psutil
 import pytest
 from conftest import TINY_FLAGS
+from hypothesis import given
+from hypothesis import strategies as st
 from test_server import FAST
 
 from ead_client import Client, EadError, ServerUnavailable
+from ead_server import settings
+from ead_server.guard import (
+    MAX_NESTING,
+    Guard,
+    current_call,
+    nesting_of,
+    sglang_admin_paths,
+)
 from ead_server.process import ServerProcess
 from ead_server.settings import Settings
+from ead_server.stop_regex import matches_fast
 
 KEY = "an-api-key-that-must-not-show"
 LIMITS = ["--max-body-bytes", "20000", "--max-answers", "8", "--max-n", "4"]
@@ -36,6 +49,9 @@ ADMIN_ROUTES = [
     ("POST", "/set_internal_state"),
     ("POST", "/load_lora_adapter"),
     ("POST", "/configure_logging"),
+    ("POST", "/scale_elastic_ep"),
+    ("POST", "/open_session"),
+    ("GET", "/close_session"),
     ("PUT", "/v1/annealing"),
     ("PUT", "/v1/annealing/step"),
     ("POST", "/v1/weights/tensors"),
@@ -59,7 +75,7 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def ask(
     server: ServerProcess, method: str, path: str, key: str | None = KEY, **options: Any
 ) -> httpx.Response:
-    headers = {"accept-encoding": "identity"}
+    headers = {"accept-encoding": "identity", **options.pop("headers", {})}
     headers |= {"authorization": f"Bearer {key}"} if key else {}
     return httpx.request(method, server.url + path, headers=headers, timeout=60, **options)
 
@@ -104,20 +120,27 @@ def test_the_api_key_does_not_change_the_server(guarded: ServerProcess) -> None:
     assert ask(guarded, "GET", "/v1/models", guarded.admin_api_key).status_code == 200
 
 
+def test_every_route_that_sglang_marks_is_known() -> None:
+    """Also those of routers that it includes."""
+    from sglang.srt.entrypoints.http_server import app
+
+    marked = {path for _, path in ADMIN_ROUTES if not path.endswith("_session")}
+    marked = {path for path in marked if not path.startswith("/v1/")}
+    assert {*marked, "/scale_elastic_ep"} <= set(sglang_admin_paths(app.routes))
+
+
 def test_without_an_admin_key_what_changes_the_server_is_closed() -> None:
     """The decision alone, on SGLang's own routes: no key, whoever asks, opens them."""
-    from ead_server.guard import Guard
-
     guard = Guard(lambda *_: None)  # type: ignore[arg-type, return-value]
     guard._admin_paths = frozenset({"/flush_cache"})
-    settings = Settings.model_validate({})
+    current = Settings.model_validate({})
     for key in (b"", b"Bearer ", b"Bearer None", b"Bearer x"):
         scope = {"headers": [(b"authorization", key)]}
-        refusal = guard._refused_key(settings, "POST", "/flush_cache", scope)
+        refusal = guard._refused_key(current, "POST", "/flush_cache", scope)
         assert refusal is not None
         assert refusal.status == 403
         assert "--admin-api-key" in refusal.message
-        assert guard._refused_key(settings, "POST", "/generate", scope) is None
+        assert guard._refused_key(current, "POST", "/generate", scope) is None
 
 
 def test_keys_show_nowhere(guarded: ServerProcess) -> None:
@@ -134,9 +157,31 @@ def test_keys_show_nowhere(guarded: ServerProcess) -> None:
     assert leaked
     assert ask(guarded, "GET", "/v1/models", leaked).status_code == 401
     assert ask(guarded, "POST", "/flush_cache", leaked).status_code == 401
-    settings = Settings.model_validate({"api_key": KEY, "admin_api_key": "adm-secret"})
-    assert KEY not in repr(settings)
-    assert "adm-secret" not in str(settings)
+    current = Settings.model_validate({"api_key": KEY, "admin_api_key": "adm-secret"})
+    assert KEY not in repr(current)
+    assert "adm-secret" not in str(current)
+
+
+def test_nothing_listens_beyond_this_machine(guarded: ServerProcess) -> None:
+    """SGLang's processes send each other pickled objects. The one exception is torch's: the store
+    in which the ranks of a model meet, which takes bytes and listens everywhere."""
+    root = psutil.Process(guarded.process.pid)
+    beyond = {
+        process.name()
+        for process in (root, *root.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+        and connection.laddr.ip not in ("127.0.0.1", "::1")
+    }
+    print(
+        [
+            (p.name(), c.laddr)
+            for p in (root, *root.children(recursive=True))
+            for c in p.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        ]
+    )
+    assert beyond <= {"sglang::scheduler"}
 
 
 # --- limits ------------------------------------------------------------------------------------
@@ -187,8 +232,109 @@ def native(**params: Any) -> dict[str, Any]:
         ("/generate", {"input_ids": [[1], [-1]]}, "input_ids: must be token ids in [0, 1023]"),
         ("/v1/completions", {**TEXT, "prompt": [5, 10**6]}, "must be token ids in [0, 1023]"),
         ("/generate", native(top_k=2**40), "top_k: must fit 32 bits"),
+        ("/v1/completions", {**TEXT, "min_tokens": 10**6}, "min_new_tokens must be in [0, "),
+        ("/v1/completions", {**TEXT, "max_tokens": 10**9}, "maximum context length"),
         ("/generate", {**NATIVE, "text": ""}, "prompt: must have at least one token"),
         ("/generate", {**NATIVE, "custom_logit_processor": "x"}, "is refused: it is code"),
+        ("/v1/completions", {**TEXT, "logprobs": 21}, "in [0, 20], got 21"),
+        ("/invocations", {**CHAT, "n": 5}, "in [1, 4], got 5"),
+        (
+            "/vertex_generate",
+            {"instances": [{"text": "x"}], "parameters": {"sampling_params": {"n": 5}}},
+            "in [1, 4], got 5",
+        ),
+        ("/v1/rollouts", {"prompts": ["x"], "n": 5}, "n: must be an integer in [1, 4], got 5"),
+        (
+            "/v1/score",
+            {"query": "a", "items": ["b"] * 9, "label_token_ids": [1], "model": "m"},
+            "at most 8, got 9",
+        ),
+        (
+            "/generate",
+            {**NATIVE, "return_logprob": True, "logprob_start_len": -7},
+            "logprob_start_len: must be an integer in [-1, ",
+        ),
+        ("/generate", native(stop_regex="(.|.)*x"), "stop_regex: could take too long to match"),
+        ("/v1/completions", {**TEXT, "stop_regex": ["(a+)+$"]}, "could take too long to match"),
+        ("/v1/chat/completions", {**CHAT, "stop_regex": "a*b*"}, "could take too long to match"),
+        ("/generate", native(stop_regex="("), "stop_regex: is no regular expression"),
+        (
+            "/generate",
+            {**NATIVE, "positional_embed_overrides": [1]},
+            "positional_embed_overrides: is refused",
+        ),
+        ("/generate", {**NATIVE, "custom_labels": {"a": "b"}}, "custom_labels.a: unknown label"),
+        (
+            "/generate",
+            {"text": ["a", "b"], "sampling_params": [{"max_new_tokens": 2}]},
+            "sampling_params: must have 2 entries, got 1",
+        ),
+        (
+            "/generate",
+            {"text": "a", "sampling_params": []},
+            "sampling_params: must have no list, for one prompt, got 0",
+        ),
+        (
+            "/generate",
+            {
+                "text": ["a", "b"],
+                "return_logprob": True,
+                "token_ids_logprob": [[1]],
+                "sampling_params": {"max_new_tokens": 2},
+            },
+            "token_ids_logprob: must have 2 entries, got 1",
+        ),
+        ("/generate", {"input_embeds": [[]]}, "input_embeds: must not be empty"),
+        (
+            "/generate",
+            {**NATIVE, "session_params": {"id": "s", "replace": True}},
+            "session_params.replace: needs the rid",
+        ),
+        (
+            "/generate",
+            {**NATIVE, "session_params": {"id": "s", "offset": "x"}},
+            "session_params.offset: must be int",
+        ),
+        (
+            "/v1/rollouts",
+            {"prompts": ["x"], "sampling_params": {"is_normalized": True}},
+            "sampling_params.is_normalized: unknown field",
+        ),
+        (
+            "/v1/rollouts",
+            {"prompts": ["x"], "sampling_params": {"max_new_tokens": 2, "ignore_eos": "x"}},
+            "sampling_params.ignore_eos: invalid type",
+        ),
+        (
+            "/vertex_generate",
+            {"instances": [{"text": "x"}], "parameters": {"sampling_params": {"top_k": "5"}}},
+            "sampling_params.top_k: invalid type",
+        ),
+        (
+            "/api/generate",
+            {"model": "m", "prompt": "x", "stream": False, "options": {"num_predict": "x"}},
+            "sampling_params.max_new_tokens: invalid type",
+        ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs.tokenize: is no variable of a template",
+        ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "chat_template_kwargs": {"max_length": 10**9}},
+            "chat_template_kwargs.max_length: is no variable",
+        ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "chat_template_kwargs": {"chat_template": "{{1}}"}},
+            "chat_template is not allowed",
+        ),
+        (
+            "/v1/tokenize",
+            {**CHAT, "chat_template_kwargs": {"chat_template": "{{1}}"}},
+            "chat_template is not allowed",
+        ),
         ("/v1/messages", {**CHAT, "annealing": {}}, "annealing: not on this route"),
         ("/api/chat", {**CHAT, "annealing": {}}, "annealing: not on this route"),
     ],
@@ -200,6 +346,216 @@ def test_what_would_hurt_the_engine_is_a_400(
     assert says in response.text
     assert response.status_code == 400 or (body.get("stream") and response.status_code == 200)
     assert ask(guarded, "POST", "/generate", json=NATIVE).status_code == 200
+
+
+# every route that reads JSON and may be called with the API key or the admin key
+READING = [
+    ("POST", "/generate"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/rollouts"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/score"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/tokenize"),
+    ("POST", "/api/generate"),
+    ("POST", "/invocations"),
+    ("PUT", "/v1/annealing"),
+    ("PUT", "/v1/annealing/step"),
+    ("POST", "/update_weights_from_disk"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), READING)
+def test_what_is_no_json_or_too_deep_is_a_400_without_a_place_in_the_code(
+    guarded: ServerProcess, method: str, path: str
+) -> None:
+    bodies = [b"", b"null", b"[]", b"{", b'{"a": 1', b'"x"', '{"a": 1}'.encode("utf-16")]
+    bodies += [b'{"a": %b}' % number for number in NO_NUMBERS]
+    bodies += [b'{"a": ' + b"[" * deep + b"]" * deep + b"}" for deep in (100, 900, 1000, 9000)]
+    bodies.append(b'{"a":' * 200 + b"1" + b"}" * 200)
+    for body in bodies:
+        answer = ask(guarded, method, path, guarded.admin_api_key, content=body, headers=JSON)
+        assert answer.status_code == 400, (body[:50], answer.text)
+        assert "error" in answer.json()
+        for inside in ("Traceback", 'File \\"', "site-packages", ".py"):
+            assert inside not in answer.text, body[:50]
+
+
+# Python's own parser takes the first four; the last is too large for a float
+NO_NUMBERS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"1" + b"0" * 400)
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize("number", NO_NUMBERS)
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/v1/annealing", b'{"annealing": {"tau_max": %b}}'),
+        ("PUT", "/v1/annealing/step", b'{"step": %b}'),
+        ("POST", "/v1/rollouts", b'{"prompts": ["x"], "annealing": {"tau_max": %b}}'),
+        ("POST", "/v1/rollouts", b'{"prompts": [{"text": "x", "metadata": %b}]}'),
+        ("POST", "/v1/rollouts", b'{"prompts": ["x"], "sampling_params": {"top_p": %b}}'),
+        ("POST", "/generate", b'{"text": "x", "sampling_params": {"temperature": %b}}'),
+        ("POST", "/v1/completions", b'{"model": "m", "prompt": "x", "annealing": {"decay": %b}}'),
+        ("POST", "/v1/completions", b'{"model": "m", "prompt": "x", "temperature": %b}'),
+    ],
+)
+def test_no_number_is_taken_that_is_none(
+    guarded: ServerProcess, method: str, path: str, body: bytes, number: bytes
+) -> None:
+    answer = ask(guarded, method, path, guarded.admin_api_key, content=body % number, headers=JSON)
+    assert "not valid JSON" in error_of(answer, 400)["message"]
+
+
+TEXTS = st.text(st.sampled_from('[]{}\\"a,:é'))
+VALUES = st.recursive(
+    TEXTS | st.none() | st.integers(),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(TEXTS, inside, max_size=3),
+)
+
+
+@given(value=VALUES, lists=st.integers(0, 110), ascii=st.booleans())
+def test_nesting_is_counted_where_it_is(value: Any, lists: int, ascii: bool) -> None:
+    def depth(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + max(map(depth, value.values()), default=0)
+        return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
+
+    for _ in range(lists):
+        value = [value, "[" * 3]
+    text = json.dumps(value, ensure_ascii=ascii).encode()
+    assert (nesting_of(text) > MAX_NESTING) == (depth(value) > MAX_NESTING)
+
+
+def test_brackets_in_texts_are_no_nesting(guarded: ServerProcess) -> None:
+    for text in ("[" * 500, '\\"{' * 300, "\\" * 3 + '"' + "[{" * 200):
+        body = {"prompts": [{"text": text, "metadata": [text]}]}
+        body["sampling_params"] = {"max_new_tokens": 1}
+        group = ask(guarded, "POST", "/v1/rollouts", json=body).json()["groups"][0]
+        assert (group["error"], group["metadata"]) == (None, [text])
+
+
+def test_a_key_that_comes_twice_is_read_once(guarded: ServerProcess) -> None:
+    """The guard and SGLang must not read different values of the same body."""
+    inside = str(guarded.log.parent)
+    for first, last in ((inside, "/etc"), ("/etc", inside)):
+        body = json.dumps({"model_path": first})[:-1] + ', "model_path": ' + json.dumps(last) + "}"
+        answer = ask(
+            guarded,
+            "POST",
+            "/update_weights_from_disk",
+            guarded.admin_api_key,
+            content=body,
+            headers=JSON,
+        )
+        assert answer.status_code == (403 if last == "/etc" else 400), answer.text
+    body = '{"model": "m", "prompt": "x", "annealing": {}, "annealing": {"tau_max": 99}}'
+    answer = ask(guarded, "POST", "/v1/completions", content=body, headers=JSON)
+    assert error_of(answer, 400)["param"] == "annealing.tau_max"
+
+
+def test_large_headers_are_refused(guarded: ServerProcess) -> None:
+    for size in (66_000, 1_000_000):
+        for options in ({"headers": {"x-large": "x" * size}}, {"params": {"x": "y" * 65_530}}):
+            try:
+                status = ask(guarded, "GET", "/v1/models", **options).status_code
+            except httpx.TransportError:  # h11 closes while they are still being sent
+                status = 400
+            assert status in (400, 431)
+    assert ask(guarded, "GET", "/v1/models").status_code == 200
+
+
+def through_the_guard(
+    monkeypatch: pytest.MonkeyPatch, scope: dict[str, Any], **given: Any
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """What a guard with these settings answers, and for which call it lets the app work."""
+    monkeypatch.setattr(settings, "current", lambda: Settings.model_validate(given))
+    sent: list[dict[str, Any]] = []
+    calls: list[Any] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def app(*_: Any) -> None:
+        calls.append(current_call.get())
+
+    guard = Guard(app)
+    guard._admin_paths = frozenset()
+    whole = {"type": "http", "method": "GET", "headers": [], "query_string": b"", **scope}
+    asyncio.run(guard(whole, receive, send))
+    return sent, calls
+
+
+def test_large_headers_are_refused_whatever_parses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """httptools, which uvicorn takes where it is installed, has no limit of its own."""
+    scope: dict[str, Any] = {"path": "/v1/models", "headers": [(b"x-large", b"x" * 70_000)]}
+    sent, calls = through_the_guard(monkeypatch, scope)
+    assert (sent[0]["status"], calls) == (431, [])
+    sent, calls = through_the_guard(monkeypatch, {**scope, "headers": []})
+    assert (sent, len(calls)) == ([], 1)
+
+
+def test_a_websocket_needs_the_key_and_has_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = {"type": "websocket", "path": "/v1/realtime"}
+    sent, calls = through_the_guard(monkeypatch, scope, api_key=KEY)
+    assert (sent, calls) == ([{"type": "websocket.close", "code": 1008}], [])
+    key = [(b"authorization", f"Bearer {KEY}".encode())]
+    _, (call,) = through_the_guard(monkeypatch, {**scope, "headers": key}, api_key=KEY, max_n=3)
+    assert call.settings.max_n == 3
+
+
+def test_the_same_request_id_twice_is_two_requests(guarded: ServerProcess) -> None:
+    """SGLang keeps one state for both, or refuses; here each gets an id of its own."""
+    body = {**NATIVE, "rid": "same", "sampling_params": {"max_new_tokens": 40, "ignore_eos": True}}
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(
+            pool.map(lambda _: ask(guarded, "POST", "/generate", json=body).json(), range(4))
+        )
+    assert len({answer["meta_info"]["id"] for answer in answers}) == 4
+    assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [40] * 4
+    batch = {**NATIVE, "text": ["x", "y"], "rid": ["same", "same"]}
+    assert len(ask(guarded, "POST", "/generate", json=batch).json()) == 2
+
+
+def test_a_picture_s_address_is_not_fetched(guarded: ServerProcess) -> None:
+    """This model reads no pictures; SGLang would fetch whatever address it is given for one."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.5)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/x.png"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        chat = {**CHAT, "messages": [{"role": "user", "content": [part]}]}
+        assert ask(guarded, "POST", "/v1/chat/completions", json=chat).status_code == 400
+        for field in ("image_data", "audio_data", "video_data"):
+            ask(guarded, "POST", "/generate", json={**NATIVE, field: url})
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fast"),
+    [
+        ("\\n\\n", True),
+        ("</answer>|\\\\boxed\\{[^}]*\\}", True),
+        ("\\n{1,5}Question:\\s{1,5}\\d{1,4}", True),
+        ("(?:ab){3}c+(?=d)", True),
+        ("(?P<x>a)(?(x)b|c)\\1", True),
+        ("(a|b){8}", True),
+        ("(a|b)*c", True),  # one set of letters
+        ("(ab|a|b)*c", False),
+        ("(a+)+$", False),
+        ("(a{1,500}){1,500}", False),
+        ("a*b*c", False),
+        ("(?=(a|a)*b)c", False),
+        ("(.|.){60}x", False),
+        ("(?>(a*)*)b", False),
+    ],
+)
+def test_patterns_are_told_apart_by_how_they_are_matched(pattern: str, fast: bool) -> None:
+    assert matches_fast(pattern) is fast
 
 
 def test_request_ids_are_the_server_s(guarded: ServerProcess) -> None:

@@ -222,6 +222,38 @@ def test_every_kind_equals_its_formula(
     assert parse_annealing(schedule.model_dump()) == schedule  # as it travels to the scheduler
 
 
+def extremes(kind: type[Any]) -> dict[str, list[Any]]:
+    """The lowest and the highest value that each number of a kind may have."""
+    found: dict[str, list[Any]] = {}
+    for name, field in kind.model_fields.items():
+        bounds = {type(m).__name__: m for m in field.metadata}
+        if {"Ge", "Le"} <= set(bounds):
+            found[name] = [bounds["Ge"].ge, bounds["Le"].le]
+    return found
+
+
+@given(st.sampled_from([n for n in REGISTRY if n not in ("segment", "piecewise")]), st.data())
+def test_no_number_in_range_makes_a_temperature_out_of_range(name: str, data: Any) -> None:
+    """At the ends of all ranges at once, at the first and the last of positions and entropies."""
+    choices = {key: st.sampled_from(values) for key, values in extremes(REGISTRY[name]).items()}
+    raw = {"schedule": name, **data.draw(st.fixed_dictionaries({}, optional=choices))}
+    if name in BY_POSITION and data.draw(st.booleans()):
+        tau = data.draw(st.sampled_from([0.01, 1.0, 10.0]))
+        tokens = data.draw(st.sampled_from([1, 100_000]))
+        raw["mean_matched"] = {"temperature": tau, "tokens": tokens}
+    try:
+        schedule = parse_annealing(raw)
+    except AnnealingError:  # tau_min above tau_max, or a mean that cannot be had
+        return
+    positions = [0, 1, 10, 371, 10**6, 10**8]
+    for entropy in (0.0, 1e-30, 1e-3, 12.0, 1e6, math.inf):
+        entropies = torch.full((len(positions),), entropy, dtype=torch.float64)
+        tau = schedule.temperatures(torch.tensor(positions), entropies)
+        assert tau.isfinite().all(), raw
+        assert (tau >= 0.01 * (1 - 1e-9)).all(), raw
+        assert (tau <= 10.0 * (1 + 1e-9)).all(), raw
+
+
 @pytest.mark.parametrize("preset", ["recipe", "paper"])
 @pytest.mark.parametrize("step", [0, 10, 400, 10_000])
 def test_presets_at_every_position_and_training_step(preset: str, step: int) -> None:

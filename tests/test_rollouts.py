@@ -150,15 +150,15 @@ def test_texts_can_be_left_out(client: Client) -> None:
 
 
 def test_one_prompts_failure_is_its_own(client: Client) -> None:
-    answer = client.rollouts(["x", [5] * 5000, [-1]], n=2, annealing={}, max_new_tokens=3)
+    unknown = [[-1], [5, 99_999], [2**40], {"text": "x", "prefix_token_ids": [2**63]}]
+    prompts = ["x", [5] * 5000, *unknown]
+    answer = client.rollouts(prompts, n=2, annealing={}, max_new_tokens=3)
     assert len(rollouts_of(answer.groups[0])) == 2
-    too_long, negative = answer.groups[1:]
-    assert too_long.error is not None
-    assert negative.error is not None
-    assert "longer than the model's context length" in too_long.error["message"]
-    assert negative.error["param"] == "input_ids"
-    assert too_long.error["type"] == "invalid_request_error"
-    assert len(answer.errors) == 2
+    errors = [group.error or {} for group in answer.groups[1:]]
+    assert {error["type"] for error in errors} == {"invalid_request_error"}
+    assert "longer than the model's context length" in errors[0]["message"]
+    assert [error["param"] for error in errors[1:]] == ["input_ids"] * 4
+    assert len(answer.errors) == 5
 
 
 def test_an_answer_is_continued_from_a_token(client: Client, reference: Reference) -> None:
@@ -190,26 +190,18 @@ def test_without_a_schedule_the_request_s_own_temperature_holds(client: Client) 
         assert rollout.sampling["top_k"] == 4
 
 
-def test_answers_of_a_group_never_share_a_seed() -> None:
-    """Answers with one seed would be one answer."""
-    seeds = []
-
-    class Engine:
-        async def token_ids(self, prompt: Any) -> list[int]:
-            return [1]
-
-        async def generate(self, token_ids: list[int], params: dict[str, Any]) -> Any:
-            if params["max_new_tokens"]:
-                seeds.append(params["sampling_seed"])
-                raise ValueError("not generated")
-
-    params = {"max_new_tokens": 3, "sampling_seed": 5}
-    group = rollouts.Group(0, rollouts.Prompt(text="x"), 3, params)
-    asyncio.run(group.run(Engine()))  # type: ignore[arg-type]
-    assert seeds == [5, 6, 7]
+def test_answers_never_share_a_seed(client: Client) -> None:
+    """The request's is the first answer's; the others count up, group by group."""
+    asked = {"annealing": FAST, "max_new_tokens": 12, "ignore_eos": True}
+    together = client.rollouts(["x", "x"], n=2, sampling_seed=5, **asked)
+    ids = [r.token_ids.tolist() for group in together.groups for r in rollouts_of(group)]
+    assert len({tuple(answer) for answer in ids}) == 4
+    for number, answer in enumerate(ids):
+        alone = client.rollouts(["x"], sampling_seed=5 + number, **asked)
+        assert rollouts_of(alone.groups[0])[0].token_ids.tolist() == answer
+    assert together.groups[1].answers[0].rollout.sampling["seed"] == 7
 
 
-@pytest.mark.parametrize("compress", [False, True], ids=["as they are", "compressed"])
 def test_groups_arrive_as_they_complete(client: Client, compress: bool) -> None:
     """A short prompt's group is there while a long one is still generated."""
     prompts = [{"text": "a", "n": 1}, {"text": "b", "n": 1}]
@@ -316,7 +308,13 @@ def test_more_keys_than_are_kept_end_no_work() -> None:
         assert not runs.done
         found = [kept.find(f"done-{index}", b"") is not None for index in range(4)]
         assert found == [False, False, False, True]
+        other = rollouts.Job([Waits(0, prompt, 1, {})], None, "m")  # type: ignore[arg-type]
+        kept.keep("other", b"", other)
+        with pytest.raises(rollouts.TooManyJobs, match="2 jobs"):
+            kept.find("one more", b"")
+        assert kept.find("runs", b"") is runs
         runs.cancel()
+        other.cancel()
 
     asyncio.run(fill())
 
@@ -356,7 +354,22 @@ def test_the_client_retries_with_a_key_and_not_without() -> None:
         ({"prompts": [{"text": "x", "extra": 1}]}, "prompts.0.extra", "not permitted"),
         ({"prompts": ["x"], "annealing": {"tau_max": 1e9}}, "annealing.tau_max", "[0.01, 10.0]"),
         ({"prompts": ["x"], "sampling_params": {"n": 2}}, "sampling_params.n", "own field `n`"),
-        ({"prompts": ["x"], "sampling_params": {"q": 2}}, "sampling_params.q", "unknown key"),
+        ({"prompts": ["x"], "sampling_params": {"q": 2}}, "sampling_params.q", "unknown field"),
+        (
+            {"prompts": ["x"], "sampling_params": {"top_k": "5"}},
+            "sampling_params.top_k",
+            "invalid type",
+        ),
+        *(
+            (
+                {"prompts": ["x"], "sampling_params": {name: value}},
+                f"sampling_params.{name}",
+                "unknown field",
+            )
+            for name, value in (("annealing", "x"), ("annealing", {}), ("rollout", True))
+        ),
+        ({"prompts": ["x"], "n": "2"}, "n", "valid integer, got '2'"),
+        ({"prompts": ["x"], "n": True}, "n", "valid integer, got True"),
         (
             {"prompts": ["x"], "sampling_params": {"sampling_seed": "7"}},
             "sampling_params.sampling_seed",

@@ -525,6 +525,16 @@ def test_malformed_custom_params_are_refused_and_the_server_lives(
     assert client.complete("hi", annealing=FAST, max_tokens=2).choices
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_a_field_is_heard_however_json_spells_it(server: ServerProcess, route: str) -> None:
+    prompt = {"prompt": "hi"} if route == "/v1/completions" else CHAT
+    body = json.dumps({"model": "tiny", "max_tokens": 4, **prompt, "annealing": {"tau_max": 99}})
+    raw = body.replace('"annealing"', r'"\u0061nnealing"')
+    response = httpx.post(server.url + route, content=raw, timeout=60)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "annealing.tau_max"
+
+
 def test_not_json_is_a_400(server: ServerProcess) -> None:
     raw = b'{"annealing": {"tau_max": NaN}}'
     response = httpx.post(f"{server.url}/v1/completions", content=raw, timeout=60)

@@ -4,12 +4,14 @@ An ASGI middleware, outside everything else. A server that SGLang's own launcher
 settings, and this lets everything through.
 
 Keys: health is open. Everything else needs the API key where one is set. What changes the server
-(weights, schedule, step, pauses, aborts, profiles: what SGLang marks as admin, and our own) needs
-the admin key, and is closed where none is set; the admin key opens everything.
+(weights, schedule, step, pauses, aborts, profiles: what SGLang marks as admin, our own, and
+sessions, which hold memory) needs the admin key, and is closed where none is set; the admin key
+opens everything.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -19,20 +21,36 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from ead_server import metrics, settings
-from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
+from ead_server.asgi import (
+    Message,
+    Receive,
+    Send,
+    all_routes,
+    off_loop,
+    read_body,
+    replay,
+    route_of,
+    send_json,
+)
 from ead_server.errors import openai_error
 from ead_server.settings import Settings
 from ead_server.weight_files import WeightsRefused, files_of, tensors_in
 from ead_server.weights import served_weights
 
 OPEN = ("/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/ping")
-OUR_ADMIN_ROUTES = {("PUT", "/v1/annealing"), ("PUT", "/v1/annealing/step")}
+ADMIN_ROUTES = {  # besides those that SGLang marks as such
+    ("PUT", "/v1/annealing"),
+    ("PUT", "/v1/annealing/step"),
+    *((method, f"/{what}_session") for method in ("GET", "POST") for what in ("open", "close")),
+}
 STREAMED = ("/v1/weights/tensors",)  # bodies that are worked on as they come, whatever their size
 # They carry pickled data, which this server does not unpack, whoever sends it.
 PICKLED = (
@@ -45,13 +63,15 @@ LOADED_FROM = {
     "/update_weights_from_disk": "model_path",
     "/load_lora_adapter": "lora_path",
 }
+MAX_NESTING = 100  # of JSON: Python's and orjson's own limits end in errors of the server
+MAX_HEADER_BYTES = 64 << 10  # as h11, one of uvicorn's two parsers; the other has no limit
 
 log = logging.getLogger("ead.requests")
 
 
 @dataclass
 class Call:
-    """One HTTP request, as it is told in the log and counted. Filled in on its way."""
+    """One request, as it is told in the log and counted. Filled in on its way."""
 
     method: str
     path: str
@@ -63,9 +83,10 @@ class Call:
     tokens: dict[str, int] = field(default_factory=dict)  # by engine request
     schedule: str | None = None
     refused: str | None = None  # a reason for metrics.refused
+    bad_value: str | None = None  # what the engine said of the request
 
 
-# The HTTP request that the code is working for; None in SGLang's own work and on health routes.
+# The request that the code is working for; None in SGLang's own work and on health routes.
 current_call: ContextVar[Call | None] = ContextVar("ead_current_call", default=None)
 
 
@@ -98,10 +119,14 @@ class Guard:
         if current is None or scope["type"] == "lifespan" or path in OPEN:
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
-            if self._refused_key(current, "GET", path, scope) is None:
-                await self.app(scope, receive, send)
-            else:
+            if self._refused_key(current, "GET", path, scope) is not None:
                 await send({"type": "websocket.close", "code": 1008})
+                return
+            token = current_call.set(Call("GET", path, current))
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                current_call.reset(token)
         else:
             await self._http(current, path, scope, receive, send)
 
@@ -119,19 +144,28 @@ class Guard:
         token = current_call.set(call)
         try:
             body: bytes | Refusal | None = (
-                self._refused_key(current, call.method, path, scope)
+                _refused_headers(scope)
+                or self._refused_key(current, call.method, path, scope)
                 or _draining(call)
                 or _incomplete(call, is_admin=self._is_admin(call.method, path, scope))
                 or (b"" if path in STREAMED else await self._body(call, scope, receive))
             )
             if isinstance(body, bytes):
-                body = _refused_load(current, path, body) or body
+                body = _refused_load(current, path, body) or _refused_template(body) or body
             if isinstance(body, Refusal):
                 call.refused = body.reason
                 await _refuse(observed, body)
             elif body is not None:
                 receive = receive if path in STREAMED else replay(body, receive)
                 await self.app(scope, receive, observed)
+        except Exception as error:
+            bad = call.bad_value if isinstance(error, ValueError) else None
+            if not call.status:
+                message = bad or "an error in the server, told in its log"
+                status, reason = (400, "invalid") if bad else (500, "error")
+                await _refuse(observed, Refusal(status, message, call.refused or reason))
+            if not bad:  # a route of SGLang's that leaves bad values uncaught is no news
+                raise
         finally:
             current_call.reset(token)
             _tell(call)
@@ -163,8 +197,8 @@ class Guard:
 
     def _is_admin(self, method: str, path: str, scope: Any) -> bool:
         if self._admin_paths is None:
-            self._admin_paths = frozenset(_sglang_admin_paths(scope["app"].routes))
-        return path in self._admin_paths or (method, path) in OUR_ADMIN_ROUTES
+            self._admin_paths = frozenset(sglang_admin_paths(scope["app"].routes))
+        return path in self._admin_paths or (method, path) in ADMIN_ROUTES
 
     # --- sizes -----------------------------------------------------------------------------
 
@@ -174,8 +208,10 @@ class Guard:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not (declared.isdigit() and int(declared) > limit):
             body = await read_body(receive, limit)
-            if body is None or len(body) <= limit:
-                return body
+            if body is None:
+                return None
+            if len(body) <= limit:
+                return await off_loop(len(body), _refused_nesting, body, scope) or body
         return Refusal(
             413,
             f"the request body must have at most {limit:,} bytes (--max-body-bytes)",
@@ -184,11 +220,11 @@ class Guard:
         )
 
 
-def _sglang_admin_paths(routes: Iterable[Any]) -> Iterable[str]:
+def sglang_admin_paths(routes: Iterable[Any]) -> Iterable[str]:
     """Paths that SGLang marks with any of its admin levels; none of them has parameters."""
     from sglang.srt.utils.auth import AuthLevel
 
-    for route in routes:
+    for route in all_routes(routes):
         level = getattr(getattr(route, "endpoint", None), "_auth_level", AuthLevel.NORMAL)
         if level != AuthLevel.NORMAL:
             yield route.path
@@ -242,6 +278,36 @@ def _incomplete(call: Call, *, is_admin: bool) -> Refusal | None:
     return None if is_admin else Refusal(503, str(weights.standstill), "weights", headers=headers)
 
 
+def _refused_headers(scope: Any) -> Refusal | None:
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size <= MAX_HEADER_BYTES:
+        return None
+    message = f"URL and headers must have at most {MAX_HEADER_BYTES:,} bytes"
+    return Refusal(431, message, "too_large", headers=((b"connection", b"close"),))
+
+
+def _refused_nesting(body: bytes, scope: Any) -> Refusal | None:
+    """Every route takes its body as JSON, whatever is said of it, but for uploaded files."""
+    kind = dict(scope["headers"]).get(b"content-type", b"")
+    if kind.startswith(b"multipart/") or nesting_of(body) <= MAX_NESTING:
+        return None
+    return Refusal(400, f"the body must be nested at most {MAX_NESTING} deep", "invalid")
+
+
+def nesting_of(text: bytes) -> int:
+    """How deeply JSON is nested; of what is no JSON, any number."""
+    if text.count(b"[") + text.count(b"{") <= MAX_NESTING:  # nearly all: no need to look closer
+        return 0
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # what is in no string
+    brackets = np.frombuffer(b"".join(plain).translate(None, delete=_NO_BRACKETS), np.uint8)
+    opens = brackets & 2  # [ and { have this bit, ] and } have not
+    return int(np.cumsum(opens.astype(np.int64) - 1).max(initial=0))
+
+
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
 def _refused_load(current: Settings, path: str, body: bytes) -> Refusal | None:
     if path in PICKLED:
         message = (
@@ -290,9 +356,36 @@ def _fatal_shape(folder: Path) -> Refusal | None:
     return None
 
 
+def _refused_template(body: bytes) -> Refusal | None:
+    """Names that are no template's variables: SGLang would hand them to the tokenizer, which fails,
+    or fills memory with padding."""
+    if b"chat_template_kwargs" not in body:
+        return None
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None  # SGLang says so
+    kwargs = request.get("chat_template_kwargs") if isinstance(request, dict) else None
+    for name in kwargs if isinstance(kwargs, dict) else ():
+        if name in _tokenizers_own():
+            field = f"chat_template_kwargs.{name}"
+            return Refusal(400, f"{field}: is no variable of a template", "invalid", field)
+    return None
+
+
+@cache
+def _tokenizers_own() -> frozenset[str]:
+    from transformers import PreTrainedTokenizerBase
+
+    names = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+    # a template's own, and one that SGLang refuses itself, unless --trust-request-chat-template
+    return frozenset(names - {"kwargs", "documents", "chat_template"})
+
+
 async def _refuse(send: Send, refusal: Refusal) -> None:
-    kinds = {401: "authentication_error", 403: "permission_error", 503: "server_error"}
-    kind = kinds.get(refusal.status, "invalid_request_error")
+    kinds = {401: "authentication_error", 403: "permission_error"}
+    kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
+    kind = kinds.get(refusal.status, kind)
     error = openai_error(refusal.message, refusal.param, kind, refusal.status)
     await send_json(send, refusal.status, error, refusal.headers)
 

@@ -47,7 +47,7 @@ WITHOUT_FIELDS = (
 )
 ROUTES = (*OPENAI_ROUTES, "/generate", *WITHOUT_FIELDS)
 _NAMES = (ANNEALING, ROLLOUT)
-_FIELDS = tuple(name.encode() for name in _NAMES)
+_MAY_ASK = (*(name.encode() for name in _NAMES), rb"\u00")  # JSON may spell letters as escapes
 
 
 def install() -> None:
@@ -77,7 +77,7 @@ class AnnealingMiddleware:
         body = await read_body(receive)
         if body is None:  # the client is gone
             return
-        if not any(field in body for field in _FIELDS) and default_annealing() is None:
+        if not any(field in body for field in _MAY_ASK) and default_annealing() is None:
             await self.app(scope, replay(body, receive), send)
             return
         try:

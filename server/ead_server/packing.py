@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -48,13 +48,22 @@ _ARRAYS = ("token_ids", *COLUMNS, ENTROPIES)
 _OF_GROUP = (ANNEALING, SAMPLING)  # the same for all its answers
 
 
-def json_group(group: Group) -> Json:
-    """A group with its columns as lists (orjson writes arrays as such)."""
-    answers = [
-        {"index": index, **_without(_OF_GROUP, answer)}
+def json_group(group: Group) -> bytes:
+    """A group with its columns as lists (orjson writes arrays as such).
+
+    One answer at a time: orjson keeps Python's lock, which others wait for, until it is done.
+    """
+    answers = (
+        dumps({"index": index, **_without(_OF_GROUP, answer)})
         for index, answer in enumerate(group.answers)
-    ]
-    return {**_head(group), "prompt_token_ids": group.prompt_token_ids, "answers": answers}
+    )
+    head = {**_head(group), "prompt_token_ids": group.prompt_token_ids}
+    return _with_list(head, "answers", answers)
+
+
+def _with_list(head: Json, name: str, items: Iterable[bytes]) -> bytes:
+    """The JSON object `head`, with a last field `name`: a list of what is JSON already."""
+    return b'%b,"%b":[%b]}' % (dumps(head)[:-1], name.encode(), b",".join(items))
 
 
 def _head(group: Group) -> Json:
@@ -84,12 +93,12 @@ def dumps(content: Any) -> bytes:
 
 
 def json_answer(job: Job) -> bytes:
-    groups = [json_group(group) for group in job.groups]
-    return dumps({**job.about(), "object": "rollouts", "groups": groups, "usage": job.usage()})
+    head = {**job.about(), "object": "rollouts", "usage": job.usage()}
+    return _with_list(head, "groups", map(json_group, job.groups))
 
 
 def json_line(group: Group) -> bytes:
-    return dumps(json_group(group)) + b"\n"
+    return json_group(group) + b"\n"
 
 
 def last_json_line(job: Job) -> bytes:

@@ -29,6 +29,7 @@ from ead_sampler.requests import (
     with_default,
 )
 from ead_sampler.schedule import AnnealingError, parse_annealing
+from ead_server.admission import check_range, check_token_ids, check_types
 from ead_server.errors import openai_error
 from ead_server.recorder import said_of
 
@@ -39,6 +40,7 @@ UNTRUNCATED = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 # What SGLang takes for a request without one under --enable-deterministic-inference, where answers
 # of one group would otherwise be copies of each other.
 SEED = 42
+MAX_SEED = 1 << 62  # either sign; the seeds that count up from it fit 64 bits
 
 
 # --- the request -----------------------------------------------------------------------------
@@ -54,15 +56,47 @@ def _as_prompt(raw: Any) -> Any:
     return raw
 
 
-class Prompt(BaseModel):
+# fail_fast: pydantic would collect the mistakes of millions of items
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Messages = Annotated[list[Json], Field(fail_fast=True)]
+_FORMS = {"text": "string", "messages": "array", "token_ids": "array"}  # and their JSON types
+
+
+class FewKeys(BaseModel):
+    """Unknown keys are refused, and not each by itself where there are millions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and len(raw) > 100:
+            raise ValueError("has too many keys")
+        return raw
+
+
+class Prompt(FewKeys):
     """One prompt: exactly one of text, messages and token_ids."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "required": [form],
+                    "properties": {
+                        other: {"type": kind if other == form else "null"}
+                        for other, kind in _FORMS.items()
+                    },
+                }
+                for form in _FORMS
+            ]
+        },
+    )
 
     text: str | None = None
-    messages: list[Json] | None = Field(None, description="chat messages; the template is applied")
-    token_ids: list[int] | None = None
-    prefix_token_ids: list[int] = Field(
+    messages: Messages | None = Field(None, description="chat messages; the template is applied")
+    token_ids: TokenIds | None = None
+    prefix_token_ids: TokenIds = Field(
         [],
         description="tokens of an answer to continue; the schedule goes on after them, unless "
         "`annealing.position_offset` says otherwise",
@@ -72,19 +106,23 @@ class Prompt(BaseModel):
 
     @model_validator(mode="after")
     def _one_form(self) -> Prompt:
-        forms = (self.text, self.messages, self.token_ids)
-        if sum(form is not None for form in forms) != 1:
+        if sum(getattr(self, form) is not None for form in _FORMS) != 1:
             raise ValueError("must have exactly one of text, messages and token_ids")
         return self
 
 
-class RolloutRequest(BaseModel):
+_PromptForms = str | Annotated[TokenIds, Field(min_length=1)] | list[Json] | Prompt
+
+
+class RolloutRequest(FewKeys):
     """Many prompts, n answers to each, one schedule."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    prompts: list[Annotated[Prompt, BeforeValidator(_as_prompt)]] = Field(
-        min_length=1, description="each a text, token ids, chat messages, or a Prompt object"
+    prompts: list[
+        Annotated[Prompt, BeforeValidator(_as_prompt, json_schema_input_type=_PromptForms)]
+    ] = Field(
+        min_length=1,
+        fail_fast=True,
+        description="each a text, token ids, chat messages, or a Prompt object",
     )
     n: int = Field(1, ge=1, description="answers to each prompt")
     model: str | None = Field(None, description="not needed; as in OpenAI's requests")
@@ -106,19 +144,13 @@ class RolloutRequest(BaseModel):
 def plan(request: RolloutRequest) -> list[Group]:
     """The groups to run, with their checked sampling parameters. Raises AnnealingError."""
     from sglang.srt.runtime_context import get_server_args
-    from sglang.srt.sampling.sampling_params import SamplingParams
 
     params = dict(request.sampling_params)
-    for name in params:
-        if name == "n":
-            raise AnnealingError("sampling_params.n", "is the request's own field `n`")
-        if name not in SamplingParams.__struct_fields__:
-            raise AnnealingError(f"sampling_params.{name}", "unknown key")
+    if "n" in params:
+        raise AnnealingError("sampling_params.n", "is the request's own field `n`")
     seed = params.get("sampling_seed")
-    if seed is not None and type(seed) is not int:
-        raise AnnealingError(
-            "sampling_params.sampling_seed", f"must be an integer, got {seed!r:.80}"
-        )
+    check_range("sampling_params.sampling_seed", seed, -MAX_SEED, MAX_SEED)
+    check_types(params)  # here too: a mistake that all answers share is the whole request's
     said = {ANNEALING: request.annealing} if ANNEALING in request.model_fields_set else {}
     raw = with_default({**params, **said}).get(ANNEALING)
     check_server_mode({ANNEALING: raw})
@@ -165,6 +197,7 @@ class Group:
         """Generate all answers. What goes wrong is told in `error` here or in an answer."""
         try:
             token_ids = await engine.token_ids(self.prompt) + self.prompt.prefix_token_ids
+            check_token_ids(token_ids, engine.manager.model_config.vocab_size)
             self.prompt_token_ids = np.asarray(token_ids, np.int32)
             if self.n > 1:  # as SGLang does: the prompt is computed once, then found in the cache
                 await engine.generate(token_ids, {"max_new_tokens": 0})
@@ -307,11 +340,16 @@ class KeyReused(ValueError):
     """The idempotency key came with another request before."""
 
 
+class TooManyJobs(RuntimeError):
+    """As many jobs with a key as are kept are still running."""
+
+
 class KeptJobs:
     """Jobs by idempotency key, so that a call that is made again finds the work of the first.
 
     A job with a key goes on when its client is gone, since it will be asked for again; its groups
-    are kept for `keep_s` seconds after the last one asked.
+    are kept for `keep_s` seconds after the last one asked. Of at most `max_jobs`, then: without
+    clients, nothing else bounds them.
     """
 
     def __init__(self, keep_s: float = 600.0, max_jobs: int = 64) -> None:
@@ -320,9 +358,12 @@ class KeptJobs:
         self._jobs: dict[str, tuple[bytes, Job, float]] = {}  # by key, oldest first
 
     def find(self, key: str, body: bytes) -> Job | None:
-        """The job that this request began before. Raises KeyReused."""
+        """The job that this request began before. Raises KeyReused; TooManyJobs when there is none
+        and no room for it."""
         self._forget()
         if key not in self._jobs:
+            if sum(not job.done for _, job, _ in self._jobs.values()) >= self.max_jobs:
+                raise TooManyJobs(f"{self.max_jobs} jobs with an Idempotency-Key are running")
             return None
         fingerprint, job, _ = self._jobs.pop(key)
         self._jobs[key] = (fingerprint, job, time.monotonic())

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ead_sampler.defaults import default_annealing, set_default_annealing, shared_defaults
 from ead_sampler.kinds import PRESETS
@@ -18,8 +20,13 @@ from ead_sampler.requests import ANNEALING, check_server_mode
 from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
 from ead_server import metrics, packing, preview, settings
 from ead_server.admission import LimitExceeded, check_range
-from ead_server.rollouts import Engine, Job, KeptJobs, RolloutRequest, plan, until_gone
-from ead_server.routing import OpenAIErrorsRoute
+from ead_server.asgi import all_routes, off_loop, route_of
+from ead_server.errors import openai_error
+from ead_server.first_mistake import stop_at_first_mistake
+from ead_server.guard import sglang_admin_paths
+from ead_server.openapi import complete
+from ead_server.rollouts import Engine, Group, Job, KeptJobs, RolloutRequest, plan, until_gone
+from ead_server.routing import OpenAIErrorsRoute, refused_values
 from ead_server.weights import served_weights
 
 Json = dict[str, Any]
@@ -124,7 +131,7 @@ class Preview(BaseModel):
     response_model=Preview,
     responses={200: {"content": {"image/svg+xml": {}}, "description": "JSON, or a plot"}},
 )
-async def read_preview(
+def read_preview(
     request: Request,
     annealing: Annotated[str, Query(description="a schedule, as JSON", max_length=20_000)] = "{}",
     step: Annotated[
@@ -137,6 +144,7 @@ async def read_preview(
     ] = 1.0,
 ) -> Response:
     """Temperatures of the first tokens, as JSON, or as a plot with `Accept: image/svg+xml`."""
+    # no coroutine: FastAPI runs it in a thread, since it may take a second
     try:
         raw = orjson.loads(annealing)
     except orjson.JSONDecodeError as error:
@@ -147,25 +155,17 @@ async def read_preview(
         named = {f"step {s}": curve for s, curve in curves.items()}
         title = f"{schedule.schedule}: temperature by token"
         return Response(preview.svg(title, named), media_type="image/svg+xml")
-    return JSONResponse({"annealing": schedule.model_dump(), "temperatures": curves})
+    told = {str(s): curve for s, curve in curves.items()}
+    content = packing.dumps({"annealing": schedule.model_dump(), "temperatures": told})
+    return Response(content, media_type=packing.JSON)
 
 
 # --- rollouts ----------------------------------------------------------------------------------
 
 _kept = KeptJobs()
-_ROLLOUT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": RolloutRequest.model_json_schema()}},
-    }
-}
 
 
-@router.post(
-    "/v1/rollouts",
-    openapi_extra=_ROLLOUT_BODY,
-    responses={200: {"content": {kind: {} for kind in packing.FORMATS}, "description": "rollouts"}},
-)
+@router.post("/v1/rollouts")  # described in openapi.py
 async def create_rollouts(request: Request) -> Response:
     """n answers to each of many prompts, with everything that a trainer needs of each token.
 
@@ -176,7 +176,7 @@ async def create_rollouts(request: Request) -> Response:
     one it goes on, and the same request finds it again.
     """
     body = await request.body()
-    parsed = RolloutRequest.model_validate(orjson.loads(body))
+    parsed = await off_loop(len(body), _parsed, body)
     _check_size(parsed)
     form = _accepted(request.headers.get("accept", ""))
     key = _idempotency_key(request)
@@ -196,7 +196,8 @@ async def create_rollouts(request: Request) -> Response:
         body_parts = packing.compressed_parts(parts) if compress else parts
         return StreamingResponse(body_parts, media_type=form, headers=headers)
     await _finished_or_gone(job, request, keep=key is not None)
-    content = packing.json_answer(job) if form == packing.JSON else packing.binary_answer(job)
+    write = packing.json_answer if form == packing.JSON else packing.binary_answer
+    content = await off_loop(_size(*job.groups), write, job)
     metrics.count_rollouts(packing.FORMATS[form], len(content), time.perf_counter() - started)
     if compress:
         content = await packing.compressed(content)
@@ -214,7 +215,7 @@ async def _streamed(
     size = 0
     try:
         async for group in job.as_completed():
-            part = one(group)
+            part = await off_loop(_size(group), one, group)
             size += len(part)
             yield part
         yield last(job)
@@ -237,6 +238,16 @@ async def _finished_or_gone(job: Job, request: Request, *, keep: bool) -> None:
             finished.cancel()
     if finished.done():
         finished.result()
+
+
+def _parsed(body: bytes) -> RolloutRequest:
+    return RolloutRequest.model_validate(orjson.loads(body))
+
+
+def _size(*groups: Group) -> int:
+    """About as many bytes as these groups have in JSON."""
+    answers = (answer for group in groups for answer in group.answers)
+    return sum(50 * len(answer.get("token_ids", ())) for answer in answers)
 
 
 def _accepted(accept: str) -> str:
@@ -287,26 +298,42 @@ async def read_alive() -> Health:
 
 @router.get("/health/ready", responses={503: {"model": Health}})
 async def read_ready() -> Response:
-    """200 when requests are worked on: the model is loaded, nothing paused it, and the server is
-    not shutting down."""
-    from sglang.srt.entrypoints.http_server import get_global_state
-
-    state, weights = get_global_state(), served_weights()
-    if state is None or weights is None or not state.tokenizer_manager.is_ready():
-        status = "starting"
-        if state is not None and state.tokenizer_manager.gracefully_exit:
-            status = "shutting down"
-        elif weights is not None and weights.standstill is not None:
-            status = weights.standstill
+    """200 when requests are taken and answered: the model is loaded, nothing paused it, the engine
+    is not stuck, and the server is not shutting down."""
+    status = _not_ready()
+    if status is not None:
         return JSONResponse({"status": status}, status_code=503)
     return JSONResponse({"status": "ready"})
+
+
+def _not_ready() -> str | None:
+    from sglang.srt.entrypoints.http_server import HEALTH_CHECK_TIMEOUT, get_global_state
+
+    state, weights = get_global_state(), served_weights()
+    if state is None or weights is None:
+        return "starting"
+    manager = state.tokenizer_manager
+    if manager.gracefully_exit:
+        return "shutting down"
+    if weights.standstill is not None:
+        return weights.standstill
+    if not manager.is_ready():
+        return "starting"
+    # whoever waits has heard nothing, and nobody else has: SGLang only looks when it is asked to
+    # generate for /health
+    now = time.perf_counter()
+    waiting = [now - s.time_stats.created_time for s in list(manager.rid_to_state.values())]
+    silent = min(max(waiting, default=0.0), time.time() - manager.last_receive_tstamp)
+    if silent > HEALTH_CHECK_TIMEOUT:
+        return f"the engine has answered nothing for {silent:.0f} s"
+    return None
 
 
 # --- on SGLang's app ---------------------------------------------------------------------------
 
 
 def install_routes(app: FastAPI) -> None:
-    """Our routes on the app, and our fields in the description of SGLang's."""
+    """Our routes on the app, a description of all that is true, and errors that tell no paths."""
     from ead_server import weight_routes
 
     app.include_router(router)
@@ -314,26 +341,37 @@ def install_routes(app: FastAPI) -> None:
     describe = app.openapi
 
     def openapi() -> Json:
-        schema = describe()
-        for name in ("ChatCompletionRequest", "CompletionRequest"):
-            model = schema["components"]["schemas"].get(name)
-            if model is not None:
-                model["properties"].update(_FIELDS)
-        return schema
+        if app.openapi_schema is None:
+            complete(describe(), frozenset(sglang_admin_paths(app.routes)))
+        return describe()
 
     app.openapi = openapi  # type: ignore[method-assign]
+    theirs: Any = app.exception_handlers[RequestValidationError]
+
+    async def refuse_values(request: Request, error: RequestValidationError) -> Response:
+        # SGLang's says in which file and line the route is; for two dialects it does not
+        if settings.current() is None or route_of(request.scope).startswith(_OWN_ERRORS):
+            return await theirs(request, error)
+        return refused_values(error)
+
+    app.add_exception_handler(RequestValidationError, refuse_values)  # type: ignore[arg-type]
+    if settings.current() is not None:
+        stop_at_first_mistake(app.routes)
+        app.add_exception_handler(StarletteHTTPException, _no_such_route)  # type: ignore[arg-type]
 
 
-_FIELDS: Json = {
-    "annealing": {
-        "anyOf": [{"type": "object"}, {"type": "null"}],
-        "description": "A temperature schedule; see /v1/annealing/schema. null: none.",
-    },
-    "rollout": {
-        "anyOf": [
-            {"type": "boolean"},
-            {"type": "object", "properties": {"entropies": {"type": "boolean"}}},
-        ],
-        "description": "Return the arrays of each token: true also without a schedule.",
-    },
-}
+async def _no_such_route(request: Request, error: StarletteHTTPException) -> Response:
+    """404 and 405 in OpenAI's shape; the latter with all methods, not only those of one route."""
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        found = (r for r in all_routes(request.app.routes) if _path(r) == route_of(request.scope))
+        headers["allow"] = ", ".join(sorted({m for route in found for m in route.methods}))
+    told = openai_error(str(error.detail), None, code=error.status_code)
+    return JSONResponse(told, error.status_code, headers=headers)
+
+
+def _path(route: Any) -> str | None:
+    return getattr(route, "path", None) if hasattr(route, "methods") else None
+
+
+_OWN_ERRORS = ("/v1/messages", "/v1/systemone")

@@ -12,12 +12,15 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from ead_sampler.schedule import AnnealingError
+from ead_sampler.schedule import AnnealingError, shown
 from ead_server.admission import LimitExceeded
 from ead_server.errors import openai_error
 from ead_server.guard import tell_refused
-from ead_server.rollouts import KeyReused
+from ead_server.rollouts import KeyReused, TooManyJobs
 from ead_server.weight_files import WeightsRefused
+
+MAX_SETTING_BYTES = 4 << 20  # of bodies that are parsed between other clients' answers
+_NO_JSON = "the request body is not valid JSON"
 
 
 class OpenAIErrorsRoute(APIRoute):
@@ -28,18 +31,21 @@ class OpenAIErrorsRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             try:
-                return await handler(request)
+                return await handler(_StrictRequest(request.scope, request.receive))
             except RequestValidationError as error:
-                return _refused(_first(error.errors(), skip=1))
+                return refused_values(error)
             except ValidationError as error:
-                return _refused(_first(error.errors(include_url=False), skip=0))
+                return _refused(_told(error.errors(include_url=False)[0]))
             except orjson.JSONDecodeError as error:
-                return _refused((f"the request body is not valid JSON: {error}", None))
+                return _refused((f"{_NO_JSON}: {error}", None))
             except (AnnealingError, LimitExceeded) as error:
                 tell_refused("schedule" if error.field.startswith("annealing") else "invalid")
                 return _refused((str(error), error.field))
             except KeyReused as error:
                 return _refused((str(error), "Idempotency-Key"), 422)
+            except TooManyJobs as error:
+                told = openai_error(str(error), "Idempotency-Key", "rate_limit_error", 429)
+                return JSONResponse(told, 429, headers={"retry-after": "5"})
             except WeightsRefused as error:
                 tell_refused("weights")
                 return _refused((str(error), error.param), error.status)
@@ -47,11 +53,30 @@ class OpenAIErrorsRoute(APIRoute):
         return handle
 
 
-def _first(errors: Any, skip: int) -> tuple[str, str]:
-    """Message and field of the first of pydantic's errors."""
-    first = errors[0]
-    field = ".".join(str(part) for part in first["loc"][skip:]) or "body"
-    return f"{field}: {first['msg']}, got {first['input']!r:.200}", field
+class _StrictRequest(Request):
+    """JSON as the standard has it: no NaN, no other encoding than UTF-8. As SGLang's own."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        if len(body) > MAX_SETTING_BYTES:
+            raise LimitExceeded("body", f"must have at most {MAX_SETTING_BYTES:,} bytes here")
+        return orjson.loads(body)
+
+
+def refused_values(error: RequestValidationError) -> Response:
+    """The first thing that FastAPI found wrong, without the place in the code that it names."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return _refused((f"{_NO_JSON}: {first['ctx']['error']}", None))
+    return _refused(_told({**first, "loc": first["loc"][1:]}))
+
+
+def _told(error: Any) -> tuple[str, str]:
+    """Message and field of one of pydantic's errors."""
+    # names of its own validators and types are in brackets: list[int]
+    parts = [str(part) for part in error["loc"] if "[" not in str(part)]
+    field = ".".join(parts) or "body"
+    return f"{field}: {error['msg']}, got {shown(error.get('input'))}", field
 
 
 def _refused(error: tuple[str, str | None], status: int = 400) -> Response:

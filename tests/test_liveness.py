@@ -1,0 +1,224 @@
+"""Who is kept waiting, and by what: large answers, engines that hang, readers that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import psutil
+import pytest
+from conftest import TINY_FLAGS, Reference
+from fastapi import FastAPI
+from test_rollouts import LONG, answer_of, wait_until_idle
+from test_server import FAST, check_against_reference
+
+from ead_client import Client, EadError
+from ead_server import packing, rollouts, routes
+from ead_server.process import ServerProcess
+
+# --- the event loop ------------------------------------------------------------------------------
+
+
+def finished_job() -> rollouts.Job:
+    """Groups that were generated already, large enough to be written in a thread."""
+    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group.answers = [answer_of([7] * 10_000, 0.5)]
+
+    class Done(rollouts.Group):
+        async def run(self, engine: Any) -> rollouts.Group:
+            return group
+
+    job = rollouts.Job([Done(0, group.prompt, 1, {})], None, "m")  # type: ignore[arg-type]
+    job.groups = [group]
+    return job
+
+
+@pytest.mark.parametrize(
+    ("work", "accept"),
+    [
+        ((routes, "_parsed"), packing.JSON),
+        ((packing, "json_answer"), packing.JSON),
+        ((packing, "binary_answer"), packing.SAFETENSORS),
+        ((packing, "json_line"), packing.NDJSON),
+        ((packing, "frame"), packing.FRAMES),
+    ],
+    ids=["reading", "json", "safetensors", "ndjson", "safetensors-seq"],
+)
+def test_others_are_answered_while_a_large_call_is_read_or_written(
+    work: tuple[Any, str], accept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work is held until /health/live has answered; on the event loop, it never would."""
+    at_work, others_were_answered = threading.Event(), threading.Event()
+    module, name = work
+    original: Callable[..., Any] = getattr(module, name)
+
+    def held(*arguments: Any) -> Any:
+        at_work.set()
+        assert others_were_answered.wait(10)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, held)
+    monkeypatch.setattr(routes, "_kept", rollouts.KeptJobs())
+    app = FastAPI()
+    app.include_router(routes.router)
+    app.is_single_tokenizer_mode = True  # type: ignore[attr-defined]
+    body = orjson.dumps({"prompts": [[7] * 200_000]})
+
+    async def both() -> httpx.Response:
+        routes._kept.keep("k", body, finished_job())
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+            headers = {"idempotency-key": "k", "accept": accept}
+            call = asyncio.create_task(
+                http.post("/v1/rollouts", content=body, headers=headers, timeout=60)
+            )
+            assert await asyncio.to_thread(at_work.wait, 10)
+            assert (await http.get("/health/live")).status_code == 200
+            assert not call.done()
+            others_were_answered.set()
+            return await call
+
+    answer = asyncio.run(both())
+    assert answer.status_code == 200
+    assert len(answer.content) > 10_000
+
+
+# --- an engine that hangs, and one that is gone ------------------------------------------------
+
+
+def scheduler_of(server: ServerProcess) -> psutil.Process:
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    (scheduler,) = (p for p in family if "scheduler" in "".join(p.cmdline()))
+    return scheduler
+
+
+def ready(server: ServerProcess) -> tuple[int, str]:
+    answer = httpx.get(f"{server.url}/health/ready", timeout=5)
+    return answer.status_code, answer.json()["status"]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_health_tells_an_engine_that_hangs_from_one_that_works_and_one_that_is_gone(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The scheduler is stopped, goes on, and is killed; nothing is asked to generate for health."""
+    arguments = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    environ = {"SGLANG_HEALTH_CHECK_TIMEOUT": "2"}
+    with (
+        ServerProcess(arguments, tmp_path / "server.log", environ=environ) as server,
+        Client(server.url, retries=0, timeout=120) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        server.wait_until_ready()
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert ready(server) == (200, "ready")
+        scheduler = scheduler_of(server)
+        scheduler.suspend()
+        try:
+            assert ready(server) == (200, "ready")  # nobody waits
+            call = pool.submit(client.complete, "x", max_tokens=3)
+            wait_for(lambda: ready(server)[0] == 503)
+            assert "answered nothing for" in ready(server)[1]
+            assert httpx.get(f"{server.url}/health/live", timeout=5).status_code == 200
+        finally:
+            scheduler.resume()
+        assert call.result(timeout=60).choices
+        assert ready(server) == (200, "ready")
+
+        call = pool.submit(client.rollouts, ["x"], **LONG)
+        scheduler.kill()
+        assert isinstance(call.exception(timeout=60), EadError)
+        assert server.process.wait(timeout=60) != 0
+        with pytest.raises(httpx.ConnectError):
+            ready(server)
+        assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_at_the_end_answers_are_finished_and_no_process_is_left(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """SIGTERM while answers are generated that can be finished in time."""
+    arguments = ["--model-path", str(tiny_model), *TINY_FLAGS, "--drain-seconds", "60"]
+    with (
+        ServerProcess(arguments, tmp_path / "server.log") as server,
+        Client(server.url, retries=0, timeout=120) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        server.wait_until_ready()
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(family) >= 2
+        params = {"max_new_tokens": 400, "ignore_eos": True}
+        calls = [pool.submit(client.rollouts, ["x"], n=2, **params) for _ in range(4)]
+        loads = "/v1/loads"
+        wait_for(lambda: client.request("GET", loads).json()["loads"][0]["num_running_reqs"] > 0)
+        server.process.send_signal(signal.SIGTERM)
+        for call in calls:
+            for answer in call.result(timeout=60).groups[0].answers:
+                assert answer.finish_reason == "length"
+                assert answer.rollout is not None
+                assert len(answer.rollout) == 400
+        assert server.process.wait(timeout=60) == 0
+        assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+# --- clients that do not read, or do not send --------------------------------------------------
+
+
+def request_text(path: str, body: bytes, length: int | None = None) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {length or len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rollouts", "/generate"])
+def test_readers_that_never_read_and_senders_that_never_end_keep_nobody_waiting(
+    server: ServerProcess, client: Client, reference: Reference, path: str
+) -> None:
+    """Twenty of each stay connected, with answers that are larger than what a socket holds."""
+    params: dict[str, Any] = {"max_new_tokens": 500, "ignore_eos": True, "annealing": FAST}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {
+            "model": "m",
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": 500,
+            "ignore_eos": True,
+            "annealing": FAST,
+            "stream": True,
+        },
+        "/v1/rollouts": {
+            "prompts": ["x"] * 2,
+            "annealing": FAST,
+            "sampling_params": {"max_new_tokens": 500, "ignore_eos": True},
+        },
+        "/generate": {"text": "x", "sampling_params": params, "stream": True},
+    }
+    text = request_text(path, orjson.dumps(bodies[path]))
+    connections = []
+    try:
+        for index in range(40):
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(text if index % 2 else text[:-10])
+            connections.append(connection)
+        answer = client.rollouts(["def "], n=2, annealing=FAST, max_new_tokens=10, ignore_eos=True)
+        for choice in answer.groups[0].answers:
+            assert choice.rollout is not None
+            check_against_reference(choice.rollout, reference)
+    finally:
+        for connection in connections:
+            connection.close()
+    wait_until_idle(client)
