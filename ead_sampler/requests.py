@@ -10,7 +10,7 @@ functions are listed in `ead_sampler.plugin`.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
@@ -29,9 +29,10 @@ MARKERS = (ANNEALING, SAMPLING)  # added to meta_info of every answer that has t
 
 TOP_K_ALL = 1 << 30  # SGLang's "no top_k"
 
-# Called with every item that TokenizerManager.generate_request yields for the current HTTP
-# request; set by the HTTP layer, which has no other way to see items behind the OpenAI routes.
-observe_items: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar(
+# Called with the choice index and every item that TokenizerManager.generate_request yields for the
+# current HTTP request; set by the HTTP layer, which has no other way to see items behind the OpenAI
+# routes.
+observe_items: ContextVar[Callable[[int, dict[str, Any]], None] | None] = ContextVar(
     "ead_observe_items", default=None
 )
 
@@ -237,16 +238,13 @@ async def _marked(
                 if not arrays or COLUMNS[0] in meta or not meta["completion_tokens"]:
                     meta.update(marker)
                 if observe is not None:
-                    observe({**answer, "index": index})
+                    observe(index, answer)
             yield item
 
 
-def answers_of(item: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def answers_of(item: Any) -> Iterable[tuple[int, dict[str, Any]]]:
     """(choice index, answer) of what generate_request yields: one answer, or all of a batch."""
-    if isinstance(item, list):
-        yield from enumerate(item)
-    else:
-        yield item.get("index") or 0, item
+    return enumerate(item) if isinstance(item, list) else ((item.get("index") or 0, item),)
 
 
 def _completed(params: dict[str, Any], manager: Any) -> dict[str, Any]:
@@ -310,7 +308,7 @@ def drop_empty_columns(
     wanted = {
         name: values
         for name, values in customized_info.items()
-        if name not in _RECORDED or any(value is not None for value in values[index] or ())
+        if name not in _RECORDED or (values[index] and values[index][0] is not None)
     }
     original(manager, meta_info, state, wanted, index, finish_reason)
 

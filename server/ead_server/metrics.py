@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 # First positions of the ranges: [0, 10), [10, 100), ...
 _RANGES = (0, 10, 100, 500, 1000, 4000, 16000)
 _TEMPERATURES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0)
@@ -76,10 +74,10 @@ def count_answer(schedule: str, offset: int, num_tokens: int, meta: Mapping[str,
 
 def _means(values: Sequence[float], offset: int) -> list[tuple[str, float]]:
     """(range of positions, mean) of an answer whose first token has position `offset`."""
-    array = np.asarray(values, dtype=np.float64)
-    edges = [max(0, edge - offset) for edge in (*_RANGES, offset + len(array) + _RANGES[-1])]
+    edges = [max(0, edge - offset) for edge in (*_RANGES[1:], offset + len(values))]
+    parts = zip(_RANGES, [0, *edges], edges, strict=False)
     return [
-        (f"{first}+", float(part.mean()))
-        for first, start, end in zip(_RANGES, edges, edges[1:], strict=False)
-        if len(part := array[start:end])
+        (f"{first}+", sum(part) / len(part))
+        for first, start, end in parts
+        if (part := values[start:end])
     ]

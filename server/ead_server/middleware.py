@@ -209,11 +209,7 @@ class _Enriched:
             return as_openai_error(body)
         answer: Json = orjson.loads(body)
         for choice in answer.get("choices") or ():
-            index = choice["index"]
-            self.recorder.enrich_logprobs(index, choice.get("logprobs"))
-            rollout = self.recorder.rollout(index)
-            if rollout is not None:
-                choice["rollout"] = rollout
+            self.recorder.enrich(choice)
         return answer
 
     def _event(self, line: bytes) -> bytes:
@@ -223,20 +219,8 @@ class _Enriched:
         if chunk.get("object") == "error":
             return b"data: " + orjson.dumps(as_openai_error(line[len(b"data: ") :]))
         for choice in chunk.get("choices") or ():
-            index, last = choice["index"], choice.get("finish_reason") is not None
-            self.recorder.enrich_logprobs(index, choice.get("logprobs"))
-            if _opens_message(choice) and not last:
-                continue
-            rollout = self.recorder.rollout_chunk(index, last=last)
-            if rollout is not None:
-                choice["rollout"] = rollout
+            self.recorder.enrich_chunk(choice)
         return b"data: " + orjson.dumps(chunk)
-
-
-def _opens_message(choice: Json) -> bool:
-    """The chat chunk that only names the role; clients commonly skip it."""
-    delta = choice.get("delta")
-    return isinstance(delta, dict) and bool(delta.get("role")) and not delta.get("content")
 
 
 async def _send_error(send: Send, message: str, param: str | None) -> None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ead_sampler.requests import COLUMNS, ENTROPIES, MARKERS
+from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, MARKERS
 
 Json = dict[str, Any]
 
+_RECORDED = (*COLUMNS, ENTROPIES)
 
-class Choice:
+
+class Answer:
     """One answer being generated: its columns so far, and how much of them was handed out."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {}
+        self.columns: dict[str, list[Any]] = {name: [] for name in ("token_ids", *COLUMNS)}
         self.meta: Json = {}
         self.prompt_token_ids: list[int] | None = None
         self.length = 0  # tokens
@@ -27,90 +29,88 @@ class Choice:
     @property
     def recorded(self) -> bool:
         """Whether the sampler recorded this answer, that is, honoured the request."""
-        return len(self.columns.get(COLUMNS[0], ())) >= self.length
+        return len(self.columns[COLUMNS[0]]) >= self.length
 
-    def column(self, name: str, start: int = 0) -> list[Any]:
-        return self.columns.get(name, [])[start : self.length]
+    def rest(self, *, last: bool) -> Json:
+        """The columns that were not handed out yet; the last time with all that is said of them."""
+        start, self.handed_out = self.handed_out, self.length
+        rest: Json = {name: values[start : self.length] for name, values in self.columns.items()}
+        if last:
+            return {**rest, **said_of(self.meta), "prompt_token_ids": self.prompt_token_ids}
+        return rest if start else {**rest, ANNEALING: self.meta.get(ANNEALING)}
 
-    def last_values(self, count: int) -> list[tuple[float | None, float | None]]:
-        """(temperature, model_logprob) of the last `count` tokens; None for a prompt's."""
-        start = max(0, self.length - count)
-        temperatures = self.column("temperatures", start)
-        generated = zip(temperatures, self.column("model_logprobs", start), strict=True)
-        return [(None, None)] * (count - len(temperatures)) + list(generated)
+    def enrich_logprobs(self, logprobs: Any) -> None:
+        """Add temperature and model_logprob to OpenAI's `logprobs`, in place.
+
+        Its entries are the last ones of the tokens so far: SGLang drops those of stream chunks
+        without text, and puts a prompt's (with echo) before the first.
+        """
+        if not isinstance(logprobs, dict):
+            return
+        entries = logprobs.get("content")  # chat's, one each; completions have columns
+        count = len(entries or logprobs.get("tokens") or ())
+        temperatures = self._last_values("temperatures", count)
+        model_logprobs = self._last_values("model_logprobs", count)
+        if entries:
+            values = zip(temperatures, model_logprobs, strict=True)
+            for entry, (temperature, logprob) in zip(entries, values, strict=True):
+                entry["temperature"], entry["model_logprob"] = temperature, logprob
+        elif count:
+            logprobs["temperatures"], logprobs["model_logprobs"] = temperatures, model_logprobs
+
+    def _last_values(self, name: str, count: int) -> list[float | None]:
+        """One column's values of the last `count` tokens; None for a prompt's."""
+        values = self.columns[name][max(0, self.length - count) : self.length]
+        return [None] * (count - len(values)) + values
 
 
 class Recorder:
     """What the engine delivered for one HTTP request, by choice index."""
 
     def __init__(self) -> None:
-        self.choices: dict[int, Choice] = {}
+        self.answers: dict[int, Answer] = {}
 
-    def observe(self, item: Json) -> None:
+    def observe(self, index: int, item: Json) -> None:
         """Take in one item: all tokens so far, or only the new ones, as SGLang is configured."""
-        choice = self.choices.setdefault(item["index"], Choice())
-        meta = item["meta_info"]
+        answer = self.answers.get(index)
+        if answer is None:
+            answer = self.answers[index] = Answer()
+        meta, token_ids = item["meta_info"], item.get("output_ids") or []
         total = meta["completion_tokens"]
-        new = {"token_ids": item.get("output_ids") or []}
-        new.update((name, meta[name]) for name in (*COLUMNS, ENTROPIES) if name in meta)
-        incremental = total > len(new["token_ids"])
-        for name, values in new.items():
-            if incremental:
-                choice.columns.setdefault(name, []).extend(values)
-            else:  # a copy of the first, since incremental items may follow and extend it;
-                # then SGLang's own list, which grows on
-                choice.columns[name] = values if choice.length else list(values)
-        choice.length, choice.meta = total, meta
+        new = {"token_ids": token_ids, **{name: meta[name] for name in _RECORDED if name in meta}}
+        if total > len(token_ids):
+            for name, values in new.items():
+                answer.columns.setdefault(name, []).extend(values)
+        elif answer.length:
+            answer.columns |= new  # SGLang's own lists, which grow on
+        else:  # copies, since incremental items may follow and extend them
+            answer.columns |= {name: list(values) for name, values in new.items()}
+        answer.length, answer.meta = total, meta
         if item.get("prompt_token_ids") is not None:
-            choice.prompt_token_ids = list(item["prompt_token_ids"])
+            answer.prompt_token_ids = list(item["prompt_token_ids"])
 
-    def rollout(self, index: int) -> Json | None:
-        """The whole answer `index`: columns, markers, prompt and weight versions."""
-        choice = self.choices.get(index)
-        if choice is None or not choice.recorded:
-            return None
-        return {**_columns(choice, 0), **_about(choice)}
+    def enrich(self, choice: Json) -> None:
+        """Add what was recorded to one choice of a whole OpenAI answer, in place."""
+        answer = self.answers.get(choice["index"])
+        if answer is not None and answer.recorded:
+            answer.enrich_logprobs(choice.get("logprobs"))
+            choice["rollout"] = answer.rest(last=True)
 
-    def rollout_chunk(self, index: int, *, last: bool) -> Json | None:
-        """The columns that no chunk of `index` has carried yet; the last one tells the rest."""
-        choice = self.choices.get(index)
-        if choice is None or not choice.recorded:
-            return None
-        first = choice.handed_out == 0
-        if choice.handed_out == choice.length and not last:
-            return None
-        chunk = _columns(choice, choice.handed_out)
-        choice.handed_out = choice.length
-        if last:
-            return {**chunk, **_about(choice)}
-        return {**chunk, "annealing": choice.meta.get("annealing")} if first else chunk
-
-    def enrich_logprobs(self, index: int, logprobs: Any) -> None:
-        """Add temperature and model_logprob to OpenAI's `logprobs` of one choice, in place.
-
-        Its entries are the last ones of the tokens so far: SGLang drops those of stream chunks
-        without text, and puts a prompt's (with echo) before the first.
-        """
-        choice = self.choices.get(index)
-        if choice is None or not choice.recorded or not isinstance(logprobs, dict):
+    def enrich_chunk(self, choice: Json) -> None:
+        """Add what no chunk has carried yet to one choice of a stream's chunk, in place."""
+        answer = self.answers.get(choice["index"])
+        if answer is None or not answer.recorded:
             return
-        if logprobs.get("content"):  # chat: a list of entries
-            values = choice.last_values(len(logprobs["content"]))
-            for entry, (temperature, logprob) in zip(logprobs["content"], values, strict=True):
-                entry["temperature"], entry["model_logprob"] = temperature, logprob
-        elif logprobs.get("tokens"):  # completions: columns
-            values = choice.last_values(len(logprobs["tokens"]))
-            logprobs["temperatures"] = [temperature for temperature, _ in values]
-            logprobs["model_logprobs"] = [logprob for _, logprob in values]
+        answer.enrich_logprobs(choice.get("logprobs"))
+        last = choice.get("finish_reason") is not None
+        if last or (answer.handed_out < answer.length and not _opens_message(choice)):
+            choice["rollout"] = answer.rest(last=last)
 
 
-def _columns(choice: Choice, start: int) -> Json:
-    names = ("token_ids", *COLUMNS, *([ENTROPIES] if ENTROPIES in choice.columns else []))
-    return {name: choice.column(name, start) for name in names}
-
-
-def _about(choice: Choice) -> Json:
-    return {**said_of(choice.meta), "prompt_token_ids": choice.prompt_token_ids}
+def _opens_message(choice: Json) -> bool:
+    """The chat chunk that only names the role; clients commonly skip it."""
+    delta = choice.get("delta")
+    return isinstance(delta, dict) and bool(delta.get("role")) and not delta.get("content")
 
 
 def said_of(meta: Json) -> Json:
