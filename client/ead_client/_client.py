@@ -274,7 +274,7 @@ class Client(_Calls):
     timeout: seconds or httpx.Timeout. retries: further tries, with growing pauses, of what is
     safe to send again: reads, and calls that the server never began. model: as served.
     admin_api_key: for calls that change the server, see `request`. compress: rollouts come
-    compressed, a sixth smaller: for slow networks, on others it takes longer than it saves.
+    compressed, a quarter smaller: for slow networks, on others it takes longer than it saves.
     """
 
     def __init__(
