@@ -131,6 +131,13 @@ HOOKS = (
         "ead_sampler.requests:drop_empty_columns",
         "requests that asked for nothing must not grow columns of None",
     ),
+    Hook(
+        f"{_MANAGER}._handle_abort_req",
+        "self recv_obj",
+        "AROUND",
+        "ead_sampler.requests:keep_columns_of_aborted",
+        "an answer that is aborted while it waits, after a retraction, keeps what was recorded",
+    ),
     *(
         Hook(
             f"{_MANAGER}.{method}",

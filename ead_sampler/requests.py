@@ -313,6 +313,25 @@ def drop_empty_columns(
     original(manager, meta_info, state, wanted, index, finish_reason)
 
 
+def keep_columns_of_aborted(original: Callable[..., None], manager: Any, recv_obj: Any) -> None:
+    """AROUND TokenizerManager._handle_abort_req.
+
+    How SGLang ends a request that waits: one that was retracted has tokens already, and this
+    answer tells them, but not what was recorded of them.
+    """
+    state = manager.rid_to_state.get(recv_obj.rid)
+    original(manager, recv_obj)
+    if state is None or not state.out_list:
+        return
+    answer = state.out_list[-1]
+    meta = answer["meta_info"]
+    end = meta["completion_tokens"]
+    start = end - len(answer["output_ids"])  # a stream may be told only the last
+    for name in _RECORDED:
+        if name in state.customized_info_accumulated:
+            meta[name] = state.customized_info_accumulated[name][start:end]
+
+
 # --- the server's own training step ------------------------------------------------------------
 
 

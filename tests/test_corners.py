@@ -17,6 +17,7 @@ import pytest
 import torch
 import xgrammar
 from conftest import TINY_FLAGS, Reference
+from safetensors.torch import save_file
 from scipy import stats
 from test_server import (
     FAST,
@@ -187,7 +188,8 @@ ENDINGS: list[dict[str, Any]] = [
 def test_what_stops_an_answer_leaves_as_many_values_as_tokens(
     server: ServerProcess, reference: Reference, stream: bool, ending: dict[str, Any]
 ) -> None:
-    params = {"max_new_tokens": 40, "annealing": FAST, **ending}
+    schedule = {**FAST, "warmup": 0}  # no token at temperature 1
+    params = {"max_new_tokens": 40, "annealing": schedule, **ending}
     matched = []
     for seed in range(4):
         body = {"input_ids": [*PROMPT, seed + 10], "sampling_params": params, "stream": stream}
@@ -197,7 +199,7 @@ def test_what_stops_an_answer_leaves_as_many_values_as_tokens(
             answer = json.loads(events[-1])
         else:
             answer = response.json()
-        check([*PROMPT, seed + 10], answer, reference)
+        check([*PROMPT, seed + 10], answer, reference, schedule)
         reason = answer["meta_info"]["finish_reason"]
         matched.append(reason.get("matched") if reason["type"] == "stop" else None)
     assert set(matched) - {None, reference.tokenizer.eos_token_id}  # not only the usual ends
@@ -207,17 +209,19 @@ LONG = 1500  # tokens: seconds of work, so that what comes next comes in its mid
 SLOW = {**FAST, "decay": 2000.0}  # falls at every one of them, so that each shows its t
 
 
+def endless(prompt: list[int], schedule: dict[str, Any]) -> dict[str, Any]:
+    """A /generate request of LONG tokens."""
+    params = {"max_new_tokens": LONG, "ignore_eos": True, "annealing": schedule}
+    return {"input_ids": prompt, "sampling_params": params}
+
+
 def while_running(server: ServerProcess, bodies: list[dict[str, Any]]) -> list[Future[Any]]:
-    """Send annealed /generate requests of LONG tokens; return when all are being generated.
+    """Send /generate requests of LONG tokens; return when all are being generated.
 
     Requests are served in order of arrival, so a short one that ends was batched with them.
     """
-    params = {"max_new_tokens": LONG, "ignore_eos": True, "annealing": SLOW}
     pool = ThreadPoolExecutor(len(bodies))
-    futures = []
-    for body in bodies:
-        request = {"input_ids": PROMPT, "sampling_params": params, **body}
-        futures.append(pool.submit(post, server, "/generate", request))
+    futures = [pool.submit(post, server, "/generate", body) for body in bodies]
     pool.shutdown(wait=False)
     for _ in range(3):
         generate(server, PROMPT, 3)
@@ -229,7 +233,7 @@ def while_running(server: ServerProcess, bodies: list[dict[str, Any]]) -> list[F
 def test_the_schedule_goes_on_after_a_pause(
     server: ServerProcess, reference: Reference, mode: str
 ) -> None:
-    (answer,) = while_running(server, [{}])
+    (answer,) = while_running(server, [endless(PROMPT, SLOW)])
     post(server, "/pause_generation", {"mode": mode})
     try:
         if mode == "retract":
@@ -254,13 +258,11 @@ def test_an_abort_in_mid_flight_leaves_the_others_exact(
     server: ServerProcess, reference: Reference
 ) -> None:
     """One request is aborted by its id, one stream is dropped by its client, three go on."""
-    answers = while_running(server, [{}] * 3)
+    asked = [(PROMPT * n, {**SLOW, "decay": 1800.0 + 100.0 * n}) for n in (1, 2, 3, 4)]
+    mine, *rest = asked
+    answers = while_running(server, [endless(*each) for each in rest])
     url = f"{server.url}/generate"
-    body = {
-        "input_ids": PROMPT,
-        "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True, "annealing": SLOW},
-        "stream": True,
-    }
+    body = {**endless(*mine), "stream": True}
     with httpx.stream("POST", url, json=body, timeout=60) as response:
         next(response.iter_lines())  # and the connection closes
     with httpx.stream("POST", url, json=body, timeout=60) as response:
@@ -275,8 +277,53 @@ def test_an_abort_in_mid_flight_leaves_the_others_exact(
     counts = [final["meta_info"]["completion_tokens"] for final in finals]
     assert 0 < counts[0] < LONG
     assert counts[1:] == [LONG] * 3
-    for final in finals:
-        check(PROMPT, final, reference, SLOW)
+    for (prompt, schedule), final in zip(asked, finals, strict=True):
+        check(prompt, final, reference, schedule)
+
+
+@pytest.mark.parametrize("route", ["/generate", "/v1/rollouts", "/v1/completions"])
+def test_an_abort_after_retraction_keeps_what_was_generated(
+    server: ServerProcess, reference: Reference, route: str
+) -> None:
+    """The request waits in the queue again, from which SGLang answers without going through
+    the sampler: a trainer that collects unfinished answers while memory is short."""
+    params = {"max_new_tokens": LONG, "ignore_eos": True}
+    text = {"model": "tiny", "prompt": PROMPT, "max_tokens": LONG, "ignore_eos": True}
+    body = {
+        "/generate": endless(PROMPT, SLOW),
+        "/v1/rollouts": {"prompts": [PROMPT], "annealing": SLOW, "sampling_params": params},
+        "/v1/completions": {**text, "annealing": SLOW},
+    }[route]
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(post, server, route, body)
+        generate(server, PROMPT, 60)  # SGLang tells of unfinished answers every 50 tokens
+        generate(server, PROMPT, 60)
+        post(server, "/pause_generation", {"mode": "retract"})
+        abort = httpx.post(
+            f"{server.url}/abort_request",
+            json={"rid": "", "abort_all": True},
+            headers=server.admin_headers,
+            timeout=60,
+        )
+        post(server, "/continue_generation", {})
+        abort.raise_for_status()
+        answer = call.result(timeout=60)
+    if route == "/generate":
+        rollout, reason = rollout_of(PROMPT, answer), answer["meta_info"]["finish_reason"]["type"]
+    elif route == "/v1/rollouts":
+        (told,) = answer["groups"][0]["answers"]
+        assert told["error"] is None
+        names = ("token_ids", "temperatures", "logprobs", "model_logprobs")
+        columns = {name: told[name] for name in names}
+        rollout = Rollout(prompt_token_ids=PROMPT, **columns)
+        reason = told["finish_reason"]
+    else:
+        (choice,) = answer["choices"]
+        rollout, reason = Rollout.model_validate(choice["rollout"]), choice["finish_reason"]
+    assert reason == "abort"
+    assert 50 <= len(rollout) < LONG
+    assert np.abs(rollout.temperatures - expected_temperatures(SLOW, len(rollout))).max() < 1e-6
+    check_against_reference(rollout, reference)
 
 
 def test_partial_rollouts_resume_their_schedule_and_prefix_hits_do_not_move_it(
@@ -503,51 +550,40 @@ def sequential(start: Any) -> Iterator[ServerProcess]:
         yield process
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LoRA adapter of rank 4 on the query and value projections."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(tiny_model)
-    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    sizes = {"q_proj": config.hidden_size, "v_proj": heads}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer in range(config.num_hidden_layers):
-        for name, size in sizes.items():
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            for part, shape in (("lora_A", (4, config.hidden_size)), ("lora_B", (size, 4))):
-                tensors[f"{prefix}.{part}.weight"] = torch.randn(*shape, generator=generator)
-    folder = tmp_path_factory.mktemp("adapter")
-    save_file(tensors, folder / "adapter_model.safetensors")
-    about = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": [*sizes],
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(about))
-    return folder
-
-
 @pytest.mark.gpu
 def test_adapters_share_a_batch_with_the_model_itself(
-    start: Any, adapter: Path, reference: Reference
+    start: Any, tiny_model: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    """On a CPU, SGLang's LoRA layers ask for pinned memory at start-up and fail."""
-    schedule = {"max_new_tokens": 25, "ignore_eos": True, "annealing": FAST}
+    """A random LoRA adapter of rank 4 on the query and value projections, in every second request.
 
-    flags = ("--enable-lora", "--lora-paths", f"tilt={adapter}", "--max-lora-rank", "4")
+    On a CPU, SGLang's LoRA layers ask for pinned memory at start-up and fail. Its kernels multiply
+    in TF32, hence the tolerance; the adapter moves log-probabilities by far more.
+    """
+    rank, alpha, tolerance = 4, 8, 0.02
+    adapted = Reference(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for number, layer in enumerate(adapted.model.model.layers):
+        for name in ("q_proj", "v_proj"):
+            weight = getattr(layer.self_attn, name).weight.data
+            down = 0.2 * torch.randn(rank, weight.shape[1], generator=generator)
+            up = 0.2 * torch.randn(weight.shape[0], rank, generator=generator)
+            weight += alpha / rank * up @ down
+            prefix = f"base_model.model.model.layers.{number}.self_attn.{name}"
+            tensors |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none"}
+    about["target_modules"] = ["q_proj", "v_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
 
     def one(index: int) -> dict[str, Any]:
-        body = {"input_ids": [*PROMPT, index], "sampling_params": schedule}
-        adapter = {"lora_path": "tilt"} if index % 2 else {}
-        return post(lora_server, "/generate", {**body, **adapter})
+        params = {"max_new_tokens": 25, "ignore_eos": True, "annealing": FAST}
+        body = {"input_ids": [*PROMPT, index], "sampling_params": params}
+        return post(process, "/generate", {**body, "lora_path": "tilt" if index % 2 else None})
 
-    with start(*flags) as lora_server, ThreadPoolExecutor(6) as pool:
-        lora_server.wait_until_ready()
+    flags = ("--enable-lora", "--lora-paths", f"tilt={tmp_path}", "--max-lora-rank", str(rank))
+    with start(*flags) as process, ThreadPoolExecutor(6) as pool:
+        process.wait_until_ready()
         answers = list(pool.map(one, range(10, 16)))
     for index, answer in zip(range(10, 16), answers, strict=True):
         prompt = [*PROMPT, index]
@@ -555,7 +591,15 @@ def test_adapters_share_a_batch_with_the_model_itself(
             check(prompt, answer, reference)
             continue
         rollout = rollout_of(prompt, answer)
-        assert np.abs(rollout.temperatures - expected_temperatures(FAST, 25)).max() < 1e-6
-        model = reference.logits(prompt, rollout.token_ids).log_softmax(-1)
-        chosen = model.numpy()[np.arange(25), rollout.token_ids]
-        assert np.abs(rollout.model_logprobs - chosen).max() > 0.01  # the adapter's, not its base's
+        taus = expected_temperatures(FAST, 25)
+        assert np.abs(rollout.temperatures - taus).max() < 1e-6
+        chosen = (np.arange(25), rollout.token_ids)
+        ours, base = (
+            model.logits(prompt, rollout.token_ids).log_softmax(-1).numpy()[chosen]
+            for model in (adapted, reference)
+        )
+        assert np.abs(rollout.model_logprobs - ours).max() < tolerance
+        assert np.abs(base - ours).max() > 10 * tolerance
+        logits = adapted.logits(prompt, rollout.token_ids) / torch.tensor(taus).unsqueeze(1)
+        tempered = logits.log_softmax(-1).numpy()[chosen]
+        assert np.abs(rollout.logprobs - tempered).max() < tolerance / min(taus)

@@ -174,22 +174,6 @@ def test_logprobs_are_renormalised_over_what_the_cuts_keep(
             assert abs(rollout.logprobs[t] - want) < LOGPROB_TOLERANCE
 
 
-def test_model_logprobs_ignore_penalties_and_bias(client: Client, reference: Reference) -> None:
-    answer = client.complete(
-        "class ",
-        annealing=FAST,
-        max_tokens=20,
-        ignore_eos=True,
-        frequency_penalty=1.5,
-        logit_bias={"300": 4.0, "301": 4.0},
-    )
-    rollout = answer.choices[0].rollout
-    assert rollout is not None
-    model = reference.logits(rollout.prompt_token_ids, rollout.token_ids).log_softmax(-1)
-    want = model.gather(1, torch.from_numpy(rollout.token_ids).unsqueeze(1)).squeeze(1)
-    assert np.abs(rollout.model_logprobs - want.numpy()).max() < LOGPROB_TOLERANCE
-
-
 def test_greedy_is_reported_as_temperature_zero(client: Client) -> None:
     answer = client.complete("class ", rollout=True, temperature=0, max_tokens=5)
     rollout = answer.choices[0].rollout
