@@ -4,7 +4,8 @@ Ours against plain SGLang, a tiny random model on both.
 
     load         many connections at once to /v1/completions, whole answers and streams, all with
                  SGLang's log-probabilities; with `annealing` also the temperatures and both
-                 log-probabilities, in SGLang's `logprobs` and as arrays
+                 log-probabilities, in SGLang's `logprobs` and as arrays. Requests per second
+                 depend on whatever else the machine does; the server's CPU time hardly
     sizes        bytes per generated token of one prompt's answers: SGLang's /generate with
                  log-probabilities, and /v1/rollouts as JSON and as safetensors; each also as gzip,
                  ours as the server sends it, SGLang's (which it never compresses) made here
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import orjson
+import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -84,11 +86,14 @@ class Load(NamedTuple):
     """One run of requests against one server."""
 
     requests_per_second: float
+    cpu_ms: float  # of all the server's processes, per request: hardly depends on other work
     p50_ms: float
     p99_ms: float
 
 
-async def load(url: str, fields: Json, connections: int, requests: int, tokens: int) -> Load:
+async def load(
+    server: ServerProcess, fields: Json, connections: int, requests: int, tokens: int
+) -> Load:
     body = {
         "model": "m",
         "prompt": PROMPT,
@@ -104,40 +109,48 @@ async def load(url: str, fields: Json, connections: int, requests: int, tokens: 
     async def connection(client: httpx.AsyncClient) -> None:
         for _ in numbers:
             started = time.perf_counter()
-            response = await client.post(f"{url}/v1/completions", json=body)
+            response = await client.post(f"{server.url}/v1/completions", json=body)
             latencies.append((time.perf_counter() - started) * 1e3)
             response.raise_for_status()
             if (b'"model_logprobs"' in response.content) != ("annealing" in fields):
                 raise SystemExit(f"not what was asked for: {response.text[:500]}")
 
     async with httpx.AsyncClient(timeout=600) as client:
-        started = time.perf_counter()
+        started, cpu_before = time.perf_counter(), cpu_seconds(server)
         await asyncio.gather(*(connection(client) for _ in range(connections)))
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, cpu_seconds(server) - cpu_before
     p50, p99 = np.percentile(latencies, (50, 99))
-    return Load(requests / seconds, float(p50), float(p99))
+    return Load(requests / seconds, cpu * 1e3 / requests, float(p50), float(p99))
+
+
+def cpu_seconds(server: ServerProcess) -> float:
+    """CPU time that the server's processes have used so far, all of them together."""
+    process = psutil.Process(server.process.pid)
+    times = [member.cpu_times() for member in (process, *process.children(recursive=True))]
+    return float(sum(time.user + time.system for time in times))
 
 
 def under_load(
-    plain_url: str, our_url: str, options: argparse.Namespace, console: Console
+    plain: ServerProcess, ours: ServerProcess, options: argparse.Namespace, console: Console
 ) -> Iterator[Compared]:
     runs = [(mode, kind) for kind in KINDS for mode in MODES]
     results: dict[tuple[str, str], list[Load]] = {run: [] for run in runs}
     connections = options.connections
     for round_ in track(range(options.rounds + 1), "load", console=console):
         for mode, kind in random.Random(round_).sample(runs, len(runs)):
-            url = plain_url if mode == PLAIN else our_url
+            server = plain if mode == PLAIN else ours
             fields = {**MODES[mode], **KINDS[kind]}
-            asyncio.run(load(url, fields, connections, connections, 4))  # wakes an idle server
-            result = asyncio.run(load(url, fields, connections, options.requests, options.tokens))
+            asyncio.run(load(server, fields, connections, connections, 4))  # wakes an idle server
+            work = load(server, fields, connections, options.requests, options.tokens)
+            result = asyncio.run(work)
             if round_ > 0:  # the first warms up
                 results[mode, kind].append(result)
-    names = ("requests/s", "p50, ms", "p99, ms")
+    names = ("requests/s", "server's CPU ms per request", "p50, ms", "p99, ms")
     for mode, kind in runs:
         if mode != PLAIN:
             columns = (zip(*results[m, kind], strict=True) for m in (PLAIN, mode))
-            for name, plain, ours in zip(names, *columns, strict=True):
-                yield Compared(f"{kind}, {mode}, {name}", list(plain), list(ours))
+            for name, without, with_ in zip(names, *columns, strict=True):
+                yield Compared(f"{kind}, {mode}, {name}", list(without), list(with_))
 
 
 # --- bytes, and reading them -------------------------------------------------------------------
@@ -201,7 +214,7 @@ def main() -> None:
                     server.wait_until_ready()
             run = f"{options.connections} connections, {options.requests} requests a round"
             load_title = f"{run}, {options.tokens} tokens each"
-            results = {load_title: list(under_load(plain.url, ours.url, options, console))}
+            results = {load_title: list(under_load(plain, ours, options, console))}
             bodies = recorded(plain.url, ours.url, options.recorded_tokens)
     size_title = f"bytes per token, 1 x {ANSWERS} x {options.recorded_tokens}"
     results[size_title] = list(sizes(bodies, options.recorded_tokens))

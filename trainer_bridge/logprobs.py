@@ -145,11 +145,11 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         wide = _wide(hidden)
         of_hidden = torch.zeros_like(hidden, dtype=wide) if needs_hidden else None
-        of_weight = torch.empty_like(weight) if needs_weight else None
+        of_weight = torch.zeros_like(weight) if needs_weight else None
         of_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for entries in _slices(weight, 1):
-            # rounded to the weight's dtype only when all tokens are in
-            of_rows = torch.zeros_like(weight[entries], dtype=wide) if needs_weight else None
+            # of_weight's own rows where they are wide; else apart until all tokens are in
+            of_rows = None if of_weight is None else of_weight[entries].to(wide)
             for tokens in _slices(hidden, 0):
                 z = _logits(hidden[tokens], weight, bias, entries, ctx.softcap, ctx.scale)
                 slope = None if ctx.softcap is None else 1 - (z / ctx.softcap) ** 2
@@ -162,10 +162,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 if hidden.is_cuda:
                     of_z = of_z.to(hidden.dtype)  # as in any backward pass of that dtype
                 if of_hidden is not None:
-                    of_hidden[tokens] += _product(of_z, weight[entries])
+                    _product(of_z, weight[entries], onto=of_hidden[tokens])
                 if of_rows is not None:
-                    of_rows += _product(of_z.T, hidden[tokens])
-            if of_weight is not None and of_rows is not None:
+                    _product(of_z.T, hidden[tokens], onto=of_rows)
+            if of_weight is not None and of_rows is not None and weight.dtype != wide:
                 of_weight[entries] = of_rows
         if of_hidden is not None and ctx.shard:
             dist.all_reduce(of_hidden, dist.ReduceOp.SUM, ctx.shard.group)
@@ -242,13 +242,15 @@ def _gradient(z: Tensor, columns: Tensor, per_token: Sequence[Any]) -> Tensor:
     return of_z.scatter_add_(1, columns, torch.where(inside, at_target, 0))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed up and returned in at least float32, whatever autocast says."""
+def _product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """a @ b, in at least float32 whatever autocast says; added to `onto` in place if given."""
     wide = _wide(b)
     with torch.autocast(b.device.type, enabled=False):
         if b.is_cuda and b.dtype != wide:
-            return torch.mm(a, b, out_dtype=wide)
-        return a.to(wide) @ b.to(wide)
+            product = torch.mm(a, b, out_dtype=wide)
+            return product if onto is None else onto.add_(product)
+        a, b = a.to(wide), b.to(wide)
+        return a @ b if onto is None else onto.addmm_(a, b)
 
 
 def _slices(of: Tensor, side: int) -> list[slice]:
