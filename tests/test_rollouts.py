@@ -202,6 +202,7 @@ def test_answers_never_share_a_seed(client: Client) -> None:
     assert together.groups[1].answers[0].rollout.sampling["seed"] == 7
 
 
+@pytest.mark.parametrize("compress", [False, True], ids=["as they are", "compressed"])
 def test_groups_arrive_as_they_complete(client: Client, compress: bool) -> None:
     """A short prompt's group is there while a long one is still generated."""
     prompts = [{"text": "a", "n": 1}, {"text": "b", "n": 1}]
@@ -373,7 +374,7 @@ def test_the_client_retries_with_a_key_and_not_without() -> None:
         (
             {"prompts": ["x"], "sampling_params": {"sampling_seed": "7"}},
             "sampling_params.sampling_seed",
-            "must be an integer, got '7'",
+            "must be an integer in [-4611686018427387904, 4611686018427387904], got '7'",
         ),
         (
             {"prompts": ["x"], "annealing": {}, "sampling_params": {"temperature": 0.5}},
