@@ -27,7 +27,7 @@ from trainer_bridge.loop import train
 from trainer_bridge.report import Display, read_metrics
 from trainer_bridge.reward_runner import RewardRunner
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "letters.toml"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "products.toml"
 KINDS = {"EAD": (), "temperature 1": ("rollout.annealing={schedule='constant'}",)}
 
 

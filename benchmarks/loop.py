@@ -24,7 +24,7 @@ from trainer_bridge.config import TrainConfig, read_config
 from trainer_bridge.loop import train
 from trainer_bridge.report import Display, read_metrics
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "letters.toml"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "products.toml"
 SERIAL, PIPELINED = "one after the other", "generated while updating"
 STALENESS = {SERIAL: 0, PIPELINED: 1}
 

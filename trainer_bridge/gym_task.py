@@ -43,7 +43,7 @@ class GymProblem:
 class ReasoningGym(Chat):
     """A dataset of reasoning-gym: endless problems with exact scorers."""
 
-    dataset: str = Field(description="its name in reasoning-gym, such as letter_counting")
+    dataset: str = Field(description="its name in reasoning-gym, such as products")
     settings: dict[str, Any] = Field(
         default={}, description="the dataset's own, such as min_words; not size and seed"
     )

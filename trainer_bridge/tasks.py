@@ -57,16 +57,13 @@ _BUILT_IN = {
 }
 
 
-# SmolLM2-135M-Instruct at temperature 1 solves a third of these.
-LETTER_COUNTING = {
-    "dataset": "letter_counting",
-    "settings": {"min_words": 2, "max_words": 4},
+# Of these, SmolLM2-135M-Instruct answers a fifth at temperature 1, and two thirds greedily.
+PRODUCTS = {
+    "dataset": "products",
+    "settings": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "system": "Answer with the number only.",
-    "examples": (
-        ('How many times does the letter "o" appear in the text: "good to go"?', "4"),
-        ('How many times does the letter "a" appear in the text: "a red car"?', "2"),
-    ),
-    "answer_pattern": r"\d+",
+    "examples": (("3 * 3 =", "9"), ("5 * 0 =", "0"), ("2 * 7 =", "14")),
+    "answer_pattern": r"-?\d+",
 }
 
 
@@ -80,8 +77,8 @@ class TaskConfig(Settings):
         pattern=r"^(reasoning-gym|math|[\w.]+:[\w.]+)$",
     )
     parameters: dict[str, Any] = Field(
-        default_factory=lambda data: LETTER_COUNTING if data["kind"] == "reasoning-gym" else {},
-        description="of the task, see its class; reasoning-gym's default: counting letters",
+        default_factory=lambda data: PRODUCTS if data["kind"] == "reasoning-gym" else {},
+        description="of the task, see its class; reasoning-gym's default: products of two digits",
     )
 
     def build(self) -> Task:

@@ -148,7 +148,7 @@ def train(
 
     Several GPUs: torchrun --nproc-per-node 8 -m ead_server.cli train config.toml
 
-    Example: ead train examples/letters.toml steps=20 --folder runs/letters
+    Example: ead train examples/products.toml steps=20 --folder runs/products
     """
     from ead_server import training
 
@@ -170,7 +170,7 @@ def evaluate(
     The settings are those of `ead train`; the section `evaluation` says how many problems and
     answers, and how they are decoded.
 
-    Example: ead eval examples/letters.toml evaluation.problems=16 --json
+    Example: ead eval examples/products.toml evaluation.problems=16 --json
     """
     from ead_server import training
 
@@ -184,7 +184,7 @@ def plot(
 ) -> None:
     """Draw a run's curves again and say where they are.
 
-    Example: ead plot runs/letters
+    Example: ead plot runs/products
     """
     from trainer_bridge.report import draw_curves
 

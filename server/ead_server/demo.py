@@ -68,7 +68,7 @@ def run(*, steps: int, out: Path, port: int) -> None:
         '    -d \'{"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}],\n'
         '         "annealing": {"preset": "paper"}}\'\n'
         "  .venv/bin/ead serve --model-path MODEL   # any other model; all SGLang flags pass\n"
-        "  .venv/bin/ead train examples/letters.toml",
+        "  .venv/bin/ead train examples/products.toml",
         soft_wrap=True,
     )
 
@@ -130,14 +130,14 @@ def _train(console: Console, server: ServerProcess, model: Path, steps: int, out
                 "max_new_tokens": 16,
                 "annealing": TRAIN_SCHEDULE,
             },
-            "optimizer": {"learning_rate": 2e-6},
+            "optimizer": {"learning_rate": 1e-5},
             "update": {"tokens_per_forward": 1024},
             "checkpoint": {"every": 0},
         }
     )
     console.print(
         f"{config.rollout.prompts_per_step} problems x {config.rollout.samples_per_prompt} answers "
-        "a step; reward: exact verifier of reasoning-gym's letter_counting; trained: the policy at "
+        "a step; reward: exact verifier of reasoning-gym's products; trained: the policy at "
         f"{config.correction.trained_policy}, annealed answers\nweighted by w = min(pi_old / mu, "
         f"{config.correction.cap:g}) per token; AdamW {config.optimizer.learning_rate:g}; "
         "mismatch: server's log pi against the trainer's, nats",
