@@ -71,6 +71,7 @@ def go(
             train(config, folder, WaitedFor(client, 60), display, resume=resume)
         return read_metrics(folder)
 
+    run.model = tiny_model  # type: ignore[attr-defined]
     yield run
     original = {"model_path": str(tiny_model), "weight_version": "default"}
     client.request("POST", "/update_weights_from_disk", original, admin=True)
@@ -106,6 +107,21 @@ def test_a_run_leaves_its_metrics_samples_curves_and_the_model_that_is_served(
     with torch.no_grad():
         want = saved(RolloutBatch.build([Sample.of(sampled)])).logprobs
     assert np.abs(sampled.model_logprobs - want.numpy()).max() < 1e-4
+
+
+def test_adapters_are_trained_and_travel_alone(go: Any, client: Client, tmp_path: Path) -> None:
+    entries = go("steps=2", "model.lora={rank=4}", "optimizer.learning_rate=0.02")
+    whole = go("steps=1", folder=tmp_path / "whole")
+    assert all(entry["policy/mismatch"] < 1e-4 for entry in entries)
+    assert entries[1]["sync/bytes"] < whole[0]["sync/bytes"] / 4
+    assert "sync/merge" in entries[1]
+    before, after = (
+        load_policy(ModelConfig(path=str(path)), "cpu")[0].state_dict()
+        for path in (go.model, tmp_path / "run" / "model")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith("_proj.weight") for name in changed)
 
 
 def test_a_folder_that_holds_a_run_is_not_begun_again(go: Any) -> None:

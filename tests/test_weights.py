@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import re
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from ead_server.process import ServerProcess
 from ead_server.weights import spool_prefix
 from trainer_bridge import Policy, SyncConfig, weight_publisher
 from trainer_bridge.errors import WeightUpdateFailed
+from trainer_bridge.policy import LoraConfig, ModelConfig, load_policy
 
 WAYS = ("tensors", "distributed", "disk")
 SCHEDULE = {"tau_max": 1.5, "tau_min": 0.3, "decay": 200.0, "step": 0}
@@ -143,6 +145,108 @@ def test_a_trainer_s_dtype_becomes_the_server_s(
         for ours, theirs in zip(new.parameters(), half.parameters(), strict=True):
             ours.copy_(theirs)
     assert serves(client, new, "half")
+
+
+def adapted(tiny_model: Path, seed: int, targets: list[str]) -> Policy:
+    """A policy whose adapters do something."""
+    lora = LoraConfig(rank=4, alpha=12, targets=targets)
+    policy, _ = load_policy(ModelConfig(path=str(tiny_model), lora=lora), "cpu")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.2)
+    return policy
+
+
+def test_adapters_alone_make_what_their_merged_weights_make(
+    server: ServerProcess, client: Client, reference: Reference, tiny_model: Path, tmp_path: Path
+) -> None:
+    publisher = weight_publisher(client, config("tensors", tmp_path))
+    disk = weight_publisher(client, config("disk", tmp_path / "disk"))
+    attention, mlp = ["q_proj", "o_proj"], ["up_proj", "down_proj"]
+    for version, targets in enumerate((attention, attention + mlp, mlp)):
+        # nothing is left of adapters that have gone, nor of other weights in between
+        policy = adapted(tiny_model, version, targets)
+        report = publisher.publish(policy.named_adapters(), version, lora_scale=policy.lora_scale)
+        factors = list(policy.named_adapters())
+        assert report.num_tensors == len(factors)
+        assert report.num_bytes == 4 * sum(factor.numel() for _, factor in factors)
+        merged = copy.deepcopy(policy.model).merge_and_unload()
+        assert gaps(sample(client), reference.model).max() > 0.5
+        assert serves(client, merged, str(version))
+        if version == 1:
+            disk.publish(named_tensors(perturbed(reference, 3)), "other")
+    assert not spooled(server)
+
+
+def without_one(factors: dict[str, Tensor]) -> str:
+    name = next(name for name in factors if name.endswith("lora_B"))
+    del factors[name]
+    return f"1 missing: {name}"
+
+
+def of_another_rank(factors: dict[str, Tensor]) -> str:
+    name = next(name for name in factors if name.endswith("lora_B"))
+    factors[name] = factors[name][:, :2].contiguous()
+    return f"{name}: shape must be (64, 4)"
+
+
+def of_another_width(factors: dict[str, Tensor]) -> str:
+    name = next(name for name in factors if name.endswith("lora_A"))
+    factors[name] = factors[name][:, :2].contiguous()
+    return f"{name}: shape must be (r, 64)"
+
+
+def of_a_vector(factors: dict[str, Tensor]) -> str:
+    factors["model.norm.weight.lora_A"] = torch.zeros(4, 64)
+    return "the model has no matrix 'model.norm.weight'"
+
+
+def whole_weights(factors: dict[str, Tensor]) -> str:
+    factors["model.norm.weight"] = torch.zeros(64)
+    return "adapters are NAME.lora_A and NAME.lora_B, got 'model.norm.weight'"
+
+
+def of_integers(factors: dict[str, Tensor]) -> str:
+    name = next(iter(factors))
+    factors[name] = factors[name].to(torch.int32)
+    return f"{name}: dtype must be a float"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [without_one, of_another_rank, of_another_width, of_a_vector, whole_weights, of_integers],
+)
+def test_adapters_that_do_not_fit_are_a_400_and_the_old_weights_stay(
+    spoil: Callable[[dict[str, Tensor]], str],
+    client: Client,
+    reference: Reference,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    factors = dict(adapted(tiny_model, 0, ["q_proj"]).named_adapters())
+    says = spoil(factors)
+    publisher = weight_publisher(client, config("tensors", tmp_path))
+    with pytest.raises(WeightUpdateFailed, match=re.escape(says)) as failed:
+        publisher.publish(factors.items(), 5, lora_scale=1.0)
+    assert failed.value.serving == "default"
+    assert serves(client, reference.model, "default")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e30])
+def test_a_scale_that_is_none_is_refused(
+    scale: float, client: Client, tiny_model: Path, tmp_path: Path
+) -> None:
+    publisher = weight_publisher(client, config("tensors", tmp_path))
+    with pytest.raises(WeightUpdateFailed, match="scale"):
+        publisher.publish(adapted(tiny_model, 0, ["q_proj"]).named_adapters(), 5, lora_scale=scale)
+
+
+def test_only_tensors_can_be_adapters(client: Client, tmp_path: Path) -> None:
+    for way in ("distributed", "disk"):
+        with pytest.raises(ValueError, match="adapters do not go by way"):
+            weight_publisher(client, config(way, tmp_path)).publish([], 1, lora_scale=1.0)
 
 
 def test_prompts_seen_before_are_computed_anew(client: Client, reference: Reference) -> None:

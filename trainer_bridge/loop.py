@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,10 +46,16 @@ from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.trainer import Trainer
-from trainer_bridge.weights import weight_publisher
+from trainer_bridge.weights import SyncConfig, weight_publisher
 
-Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 T = TypeVar("T")
+
+
+class Weights(NamedTuple):
+    """What is published."""
+
+    named: Callable[[], Iterator[tuple[str, Tensor]]]
+    lora_scale: float | None  # of adapters alone; None: all of the model's
 
 
 def _mendable(error: BaseException | None) -> bool:
@@ -57,9 +63,8 @@ def _mendable(error: BaseException | None) -> bool:
     if isinstance(error, WeightUpdateFailed):
         error = error.__cause__
     if isinstance(error, RequestRefused):
-        return (
-            error.status == 409
-        )  # another update is in progress: of this run before it was killed
+        # another update is in progress: of this run before it was killed
+        return error.status == 409
     return isinstance(error, ConnectionFailed | TimedOut | ServerUnavailable | StaleRollout)
 
 
@@ -139,7 +144,7 @@ def _run(
     config: TrainConfig, saved: Path, trainer: Trainer, leader: Leader | None, begin: Progress
 ) -> None:
     """The steps, in which all ranks take part."""
-    weights = _weights(trainer.policy)
+    weights = _weights(trainer.policy, config.sync)
     if leader is not None:
         leader.publish(weights, begin.step)
     unsaved: CheckpointFailed | None = None
@@ -148,7 +153,7 @@ def _run(
         collected = ranks.broadcast(leader.collect(step) if leader else None)
         with _timed(leader, "update"):
             metrics = trainer.update(collected.answers)
-        weights = _weights(trainer.policy)
+        weights = _weights(trainer.policy, config.sync)
         if leader is not None:
             leader.publish(weights, step + 1)
         every, last = config.checkpoint.every, step + 1 == config.steps
@@ -175,15 +180,18 @@ def _save(
     return None
 
 
-def _weights(policy: Policy) -> Weights:
+def _weights(policy: Policy, sync: SyncConfig) -> Weights:
     """The policy's weights as they are now, as often as they are asked for.
 
     Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU.
     """
+    adapters = policy.has_adapters and sync.sends_adapters
+    named = policy.named_adapters if adapters else policy.named_weights
+    scale = policy.lora_scale if adapters else None
     if ranks.world_size() == 1:
-        return policy.named_weights
-    held = [(name, weight.cpu()) for name, weight in policy.named_weights() if ranks.rank() == 0]
-    return lambda: iter(held)
+        return Weights(named, scale)
+    held = [(name, weight.cpu()) for name, weight in named() if ranks.rank() == 0]
+    return Weights(lambda: iter(held), scale)
 
 
 @contextmanager
@@ -241,7 +249,9 @@ class Leader:
 
     def _publish(self) -> None:
         assert self._weights is not None
-        report = self.publisher.publish(self._weights(), self._version)
+        report = self.publisher.publish(
+            self._weights.named(), self._version, lora_scale=self._weights.lora_scale
+        )
         self._sync = {
             "sync/bytes": float(report.num_bytes),
             **{f"sync/{phase}": seconds for phase, seconds in report.seconds.items()},

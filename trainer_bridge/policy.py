@@ -141,6 +141,24 @@ class Policy(nn.Module):
         """A context in which the policy is the model that its adapters were put on."""
         return self.model.disable_adapter() if self.has_adapters else nullcontext()
 
+    @property
+    def lora_scale(self) -> float:
+        """s of W + s B A, what an adapted matrix W is together with its adapter's factors."""
+        config = self.model.peft_config["default"]
+        return float(config.lora_alpha / config.r)
+
+    @torch.no_grad()
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """W.lora_A [r, in] and W.lora_B [out, r] for each adapted matrix W, by its name.
+
+        Sharded ones are gathered as by `named_weights`.
+        """
+        for name, module in self._base.named_modules():
+            if hasattr(module, "base_layer"):
+                for factor in ("lora_A", "lora_B"):
+                    weight = getattr(module, factor)["default"].weight
+                    yield f"{name}.weight.{factor}", _whole(weight)
+
     @torch.no_grad()
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's weights by the names of its checkpoint, adapters merged in, a tied one once.
@@ -164,8 +182,12 @@ class Policy(nn.Module):
             weights[name.replace(".base_layer.", ".")] = weight
         untied = remove_tied_weights_from_state_dict(weights, base)
         for name, weight in revert_weight_conversion(base, untied).items():
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            yield name, whole.detach()
+            yield name, _whole(weight)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Of a sharded one, all of it; every rank must ask."""
+    return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
 
 
 def load_policy(

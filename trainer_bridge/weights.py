@@ -6,6 +6,8 @@
                  which is paused meanwhile.
     disk         a folder that both see.
 
+Where only adapters are trained, `tensors` sends only these, and the server merges them.
+
 The server checks all of it before it loads any of it, and never samples from half a version. When
 `publish` fails, the error says what is served: the version before, or, after a broadcast that broke
 off, nothing until a whole version has come. Publishing again is always safe.
@@ -48,11 +50,20 @@ class SyncConfig(Settings):
         " they go on with the old keys and values, as do new prompts that begin like an old one; "
         "the log-probabilities after it are no version's.",
     )
+    adapters: bool = Field(
+        default=True,
+        description="tensors: of a model.lora, send the adapters alone; false: merged weights",
+    )
     bucket_bytes: int = Field(default=128 << 20, ge=1, description="sent at a time")
     folder: Path | None = Field(default=None, description="disk: below the server's --weights-root")
     address: str = Field(default="127.0.0.1", description="distributed: where the server finds us")
     port: int = Field(default=0, ge=0, le=65535, description="distributed: to listen on; 0: any")
     timeout_s: float = Field(default=120, gt=0, description="distributed: of joining, of a bucket")
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Whether adapters can go alone."""
+        return self.adapters and self.way == "tensors"
 
     @model_validator(mode="after")
     def _folder_is_given(self) -> SyncConfig:
@@ -74,12 +85,16 @@ class SyncReport:
 class WeightPublisher(Protocol):
     """Any of the three ways."""
 
-    def publish(self, tensors: NamedTensors, version: int | str) -> SyncReport:
+    def publish(
+        self, tensors: NamedTensors, version: int | str, *, lora_scale: float | None = None
+    ) -> SyncReport:
         """Return when the server samples from these weights.
 
         tensors: all of the model's, named as in its checkpoint (Policy.named_weights), on any
         device; cast to the dtype that is served. A sharded one (DTensor) is gathered when its turn
-        comes, which the other ranks have to do with it. Raises WeightUpdateFailed.
+        comes, which the other ranks have to do with it. With `lora_scale`, adapters
+        (Policy.named_adapters) of the checkpoint that the server was started with, which only the
+        way of tensors can send. Raises WeightUpdateFailed.
         """
         ...
 
@@ -124,12 +139,17 @@ class _Publisher:
         self.client = client
         self.config = config
 
-    def publish(self, tensors: NamedTensors, version: int | str) -> SyncReport:
+    def publish(
+        self, tensors: NamedTensors, version: int | str, *, lora_scale: float | None = None
+    ) -> SyncReport:
         """See WeightPublisher."""
+        if lora_scale is not None and not self.config.sends_adapters:
+            raise ValueError(f"lora_scale: adapters do not go by way {self.config.way!r}")
         started = time.perf_counter()
         sent: Counter[str] = Counter()
+        buckets = self._buckets(tensors, sent, as_they_are=lora_scale is not None)
         try:
-            seconds = self._send(self._buckets(tensors, sent), str(version))
+            seconds = self._send(buckets, str(version), lora_scale)
         except (EadError, OSError) as error:
             raise WeightUpdateFailed(str(error), self._serving()) from error
         seconds["total"] = time.perf_counter() - started
@@ -138,7 +158,9 @@ class _Publisher:
     def close(self) -> None:
         """See WeightPublisher. Nothing, for most."""
 
-    def _send(self, buckets: Iterator[list[_Part]], version: str) -> dict[str, float]:
+    def _send(
+        self, buckets: Iterator[list[_Part]], version: str, lora_scale: float | None
+    ) -> dict[str, float]:
         """Seconds by phase."""
         raise NotImplementedError
 
@@ -153,19 +175,23 @@ class _Publisher:
             return None
         return str(state["version"]) if state["whole"] else None
 
-    def _buckets(self, tensors: NamedTensors, sent: Counter[str]) -> Iterator[list[_Part]]:
+    def _buckets(
+        self, tensors: NamedTensors, sent: Counter[str], *, as_they_are: bool
+    ) -> Iterator[list[_Part]]:
         """In the order given, each of one dtype and, unless a tensor is larger, bucket_bytes.
 
-        Raises EadError for a tensor that the server does not know; it checks the rest.
+        as_they_are: in their own dtypes. Raises EadError for a tensor that the server does not
+        know; it checks the rest.
         """
-        manifest = self.client.request("GET", "/v1/weights/manifest", admin=True).json()
-        dtypes = {spec["name"]: getattr(torch, spec["dtype"]) for spec in manifest}
+        if not as_they_are:
+            manifest = self.client.request("GET", "/v1/weights/manifest", admin=True).json()
+            dtypes = {spec["name"]: getattr(torch, spec["dtype"]) for spec in manifest}
         bucket: list[_Part] = []
         size = 0
         for name, tensor in tensors:
-            if name not in dtypes:
+            if not as_they_are and name not in dtypes:
                 raise EadError(f"the server's model has no tensor {name!r}")
-            part = _Part(name, tensor, dtypes[name])
+            part = _Part(name, tensor, tensor.dtype if as_they_are else dtypes[name])
             full = size + part.num_bytes > self.config.bucket_bytes
             if bucket and (full or part.dtype != bucket[0].dtype):
                 yield bucket
@@ -180,11 +206,14 @@ class _Publisher:
 class TensorPublisher(_Publisher):
     """Over HTTP. Takes memory for two buckets."""
 
-    def _send(self, buckets: Iterator[list[_Part]], version: str) -> dict[str, float]:
+    def _send(
+        self, buckets: Iterator[list[_Part]], version: str, lora_scale: float | None
+    ) -> dict[str, float]:
         query = f"version={quote(version, safe='')}&pause={self.config.pause}"
-        answer = self.client.request(
-            "POST", f"/v1/weights/tensors?{query}", content=_frames(buckets), admin=True
-        )
+        route = f"/v1/weights/tensors?{query}"
+        if lora_scale is not None:
+            route = f"/v1/weights/adapters?{query}&scale={lora_scale!r}"
+        answer = self.client.request("POST", route, content=_frames(buckets), admin=True)
         seconds: dict[str, float] = answer.json()["seconds"]
         return seconds
 
@@ -201,7 +230,9 @@ def _frames(buckets: Iterator[list[_Part]]) -> Iterator[bytes]:
 class DiskPublisher(_Publisher):
     """By a folder, which is gone when `publish` returns."""
 
-    def _send(self, buckets: Iterator[list[_Part]], version: str) -> dict[str, float]:
+    def _send(
+        self, buckets: Iterator[list[_Part]], version: str, lora_scale: float | None
+    ) -> dict[str, float]:
         assert self.config.folder is not None
         folder = self.config.folder.resolve() / f"weights-{quote(version, safe='')}"
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped here
@@ -230,7 +261,9 @@ class DistributedPublisher(_Publisher):
         super().__init__(client, config)
         self._group: BroadcastGroup | None = None
 
-    def _send(self, buckets: Iterator[list[_Part]], version: str) -> dict[str, float]:
+    def _send(
+        self, buckets: Iterator[list[_Part]], version: str, lora_scale: float | None
+    ) -> dict[str, float]:
         whole = list(buckets)
         group = self._joinable_group()
         body = {

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
@@ -193,10 +193,24 @@ class _Pieces:
         return piece
 
 
-async def receive_files(body: AsyncIterator[bytes], folder: Path, manifest: Manifest) -> None:
+class Wanted(Protocol):
+    """What files must hold: a Manifest, or an AdapterManifest."""
+
+    @property
+    def max_bytes(self) -> int: ...
+
+    def check(self, found: Iterable[tuple[str, Spec]]) -> set[str]: ...
+
+    def check_whole(self, found: Iterable[tuple[str, Spec]]) -> None: ...
+
+
+async def receive_files(
+    body: AsyncIterator[bytes], folder: Path, wanted: Wanted
+) -> dict[str, Spec]:
     """Write safetensors files, each after its length (uint64, little-endian), to `folder`.
 
-    Raises WeightsRefused unless they are the whole model, and OSError where there is no room.
+    Returns the tensors in them. Raises WeightsRefused unless they are all that is wanted, and
+    OSError where there is no room.
     """
     pieces = _Pieces(body)
     found: list[tuple[str, Spec]] = []
@@ -207,7 +221,7 @@ async def receive_files(body: AsyncIterator[bytes], folder: Path, manifest: Mani
             break
         left = int.from_bytes(head, "little")
         total += left
-        if len(head) < 8 or left == 0 or total > manifest.max_bytes + _LARGEST_HEADER:
+        if len(head) < 8 or left == 0 or total > wanted.max_bytes + _LARGEST_HEADER:
             raise WeightsRefused(f"not the length of a safetensors file: {head.hex()}")
         file = folder / f"bucket-{number:05d}.safetensors"
         with file.open("wb") as out:
@@ -221,5 +235,6 @@ async def receive_files(body: AsyncIterator[bytes], folder: Path, manifest: Mani
         if not bucket:
             raise WeightsRefused("a file without tensors")
         found += bucket
-        manifest.check(found)
-    manifest.check_whole(found)
+        wanted.check(found)
+    wanted.check_whole(found)
+    return dict(found)

@@ -3,6 +3,7 @@
     GET  /v1/weights               version, whether it is whole, whether something is generated
     GET  /v1/weights/manifest      name, dtype and shape of every tensor that an update must bring
     POST /v1/weights/tensors       safetensors in the body         ?version=7&pause=retract
+    POST /v1/weights/adapters      low-rank factors in the body    ?version=7&scale=2
     POST /v1/weights/disk          safetensors in a folder below --weights-root
     POST /v1/weights/distributed    NCCL or gloo, from the trainer's memory into the engine's
 
@@ -62,7 +63,7 @@ class Expected(Named):
 
 
 class Updated(BaseModel):
-    """Seconds by phase: transfer or join, pause, load."""
+    """Seconds by phase: transfer or join, merge, pause, load."""
 
     version: str
     seconds: Seconds
@@ -128,6 +129,24 @@ async def update_from_tensors(
     tensor once. It may come slowly: generation goes on until the last byte is there.
     """
     update = _weights(request).from_tensors(request.stream(), version, pause)
+    return Updated(version=version, seconds=await _to_its_end(update))
+
+
+@router.post(
+    "/v1/weights/adapters",
+    openapi_extra={"requestBody": {"required": True, "content": {FRAMES: {}}}},
+)
+@_admin
+async def update_from_adapters(
+    request: Request,
+    version: Annotated[Version, Query()],
+    scale: Annotated[float, Query(ge=-1e4, le=1e4, allow_inf_nan=False)],
+    pause: Pause = "retract",
+) -> Updated:
+    """The body: as of tensors, with NAME.lora_A [r, in] and NAME.lora_B [out, r] for some of the
+    model's matrices, which become W + scale * B A; W is the checkpoint's, as all the rest.
+    """
+    update = _weights(request).from_adapters(request.stream(), scale, version, pause)
     return Updated(version=version, seconds=await _to_its_end(update))
 
 

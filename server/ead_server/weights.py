@@ -25,6 +25,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ead_sampler.defaults import shared_defaults
+from ead_server.adapters import AdapterManifest, matrices, merge
 from ead_server.weight_files import (
     Manifest,
     Spec,
@@ -78,6 +80,8 @@ class Weights:
         self.updating: str | None = None
         self.broken: str | None = None
         self.group: Group | None = None
+        # the count of updates at which the engine had the checkpoint but for these matrices
+        self._adapted: tuple[int, frozenset[str]] = (0, frozenset())
 
     @property
     def version(self) -> str:
@@ -103,24 +107,50 @@ class Weights:
             return None
         return "paused" if self.updating is None else f"updating to version {self.updating}"
 
-    # --- the three ways, each of which returns seconds and raises WeightsRefused ------------------
+    # --- the ways, each of which returns seconds and raises WeightsRefused ------------------
 
     async def from_tensors(self, body: AsyncIterator[bytes], version: str, pause: Pause) -> Seconds:
         """body: safetensors files, each after its length (uint64, little-endian).
 
         Takes a few MiB of memory, and room for the weights in the folder for temporary files.
         """
-        with self._claimed(version):
+        with self._claimed(version), _spool() as folder:
             started = time.perf_counter()
-            try:
-                with tempfile.TemporaryDirectory(prefix=spool_prefix(os.getpid())) as folder:
-                    await receive_files(body, Path(folder), self.manifest)
-                    transfer = time.perf_counter() - started
-                    load = partial(self._load_folder, folder)
-                    return {"transfer": transfer, **await self._replace(version, pause, load)}
-            except OSError as error:
-                message = f"cannot keep what comes in {tempfile.gettempdir()}: {error.strerror}"
-                raise WeightsRefused(message, status=507) from error
+            await receive_files(body, folder, self.manifest)
+            transfer = time.perf_counter() - started
+            load = partial(self._load_folder, str(folder))
+            return {"transfer": transfer, **await self._replace(version, pause, load)}
+
+    async def from_adapters(
+        self, body: AsyncIterator[bytes], scale: float, version: str, pause: Pause
+    ) -> Seconds:
+        """body: as above, of low-rank factors; see `adapters`. Other matrices are the checkpoint's.
+
+        Those that changed are loaded; all where it is not known what was loaded before.
+        """
+        with self._claimed(version), _spool() as folder:
+            started = time.perf_counter()
+            came, merged = folder / "came", folder / "merged"
+            came.mkdir()
+            merged.mkdir()
+            adapted = matrices(await receive_files(body, came, AdapterManifest(self.manifest)))
+            transfer = time.perf_counter() - started
+            updates, before = self._adapted
+            args = self.manager.server_args
+            known = self.broken is None and updates == shared_defaults().weight_updates
+            await asyncio.to_thread(
+                merge,
+                sorted(came.iterdir()),
+                files_of(args.model_path, args.revision),
+                self.manifest,
+                scale=scale,
+                whole=not (known and before <= adapted),
+                out=merged,
+            )
+            merging = time.perf_counter() - started - transfer
+            seconds = await self._replace(version, pause, partial(self._load_folder, str(merged)))
+            self._adapted = shared_defaults().weight_updates, adapted
+            return {"transfer": transfer, "merge": merging, **seconds}
 
     async def from_disk(self, folder: str, version: str, pause: Pause) -> Seconds:
         """folder: of safetensors files."""
@@ -313,6 +343,17 @@ class Weights:
         if group is not None:
             request = DestroyWeightsUpdateGroupReqInput(group_name=group.name)
             await self.manager.destroy_weights_update_group(request)
+
+
+@contextmanager
+def _spool() -> Iterator[Path]:
+    """A folder for what comes, gone at the end. Raises WeightsRefused when it is full."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=spool_prefix(os.getpid())) as folder:
+            yield Path(folder)
+    except OSError as error:
+        message = f"cannot keep what comes in {tempfile.gettempdir()}: {error.strerror}"
+        raise WeightsRefused(message, status=507) from error
 
 
 _weights: Weights | None = None
