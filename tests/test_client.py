@@ -7,7 +7,8 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -61,7 +62,7 @@ class Script:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Client, Script]]:
     """A client whose requests go to a Script, and which does not wait between tries."""
-    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt: 0.0)
+    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt, clock: 0.0)
 
     def make(*lines: Any, **options: Any) -> tuple[Client, Script]:
         lines_ = Script(*lines)
@@ -201,7 +202,7 @@ def test_pauses_grow_and_are_bounded() -> None:
     client = Client("http://x")
     for attempt in range(1, 12):
         longest = min(0.25 * 2**attempt, 8.0)
-        assert longest / 2 <= client._wait_before(attempt) <= longest
+        assert longest / 2 <= client._wait_before(attempt, client._clock()) <= longest
 
 
 def test_every_transport_error_of_httpx_becomes_ours(script: Any) -> None:
@@ -286,7 +287,7 @@ def test_errors_before_and_inside_a_stream(script: Any) -> None:
 
 
 def test_the_async_client_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt: 0.0)
+    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt, clock: 0.0)
     lines = Script(
         error(503),
         answer(rollout=ROLLOUT),
@@ -336,3 +337,188 @@ def test_importing_the_client_loads_nothing_heavy() -> None:
     )
     loaded = {name.split(".")[0] for name in output.stdout.split()}
     assert not loaded & {"torch", "sglang", "transformers", "fastapi", "ead_sampler"}
+
+
+# --- several servers ---------------------------------------------------------------------------
+
+
+class Fleet:
+    """Servers a, b and c, each of which answers, refuses the connection, or says 503."""
+
+    def __init__(self) -> None:
+        self.state = dict.fromkeys("abc", "well")
+        self.asked: list[str] = []  # server and path of each request that arrived
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        name = request.url.host
+        assert request.headers["host"] == name
+        if self.state[name] == "gone":
+            raise httpx.ConnectError("refused", request=request)
+        self.asked.append(name + request.url.path)
+        if self.state[name] == "lost":
+            raise httpx.ReadError("lost", request=request)
+        if self.state[name] == "busy":
+            return httpx.Response(503, json={"error": {"message": "not ready"}})
+        return httpx.Response(200, json=answer(), request=request)
+
+    def servers(self) -> Counter[str]:
+        """How many calls each got, and forget them. Probes do not count."""
+        counts = Counter(name[0] for name in self.asked if not name.endswith("/health/ready"))
+        self.asked.clear()
+        return counts
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet()
+
+
+@pytest.fixture(params=["sync", "async"])
+def ask(request: pytest.FixtureRequest, fleet: Fleet) -> Iterator[Callable[..., Any]]:
+    """request("POST", path, body, ...) of a client of all three, of either kind."""
+    urls = ["http://a", "http://b/", "http://c/below"]
+    transport = httpx.MockTransport(fleet)
+    if request.param == "sync":
+        with Client(urls, transport=transport, retries=0) as client:
+            yield client.request
+        return
+    with asyncio.Runner() as runner:
+        other = AsyncClient(urls, transport=transport, retries=0)
+        yield lambda *args, **fields: runner.run(other.request(*args, **fields))
+        runner.run(other.aclose())
+
+
+def test_calls_are_shared_evenly_and_paths_kept(ask: Any, fleet: Fleet) -> None:
+    for _ in range(9):
+        ask("POST", "/v1/completions", {})
+    assert {name.partition("/")[2] for name in fleet.asked} == {
+        "v1/completions",
+        "below/v1/completions",
+    }
+    assert fleet.servers() == {"a": 3, "b": 3, "c": 3}
+
+
+@pytest.mark.parametrize("trouble", ["gone", "busy"])
+def test_a_call_that_was_not_begun_goes_to_another_at_once(
+    trouble: str, ask: Any, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(ead_client._servers.time, "monotonic", lambda: now)
+    fleet.state["a"] = trouble
+    for _ in range(6):
+        assert ask("POST", "/v1/completions", {}).status_code == 200
+    counts = fleet.servers()
+    assert counts["b"] == counts["c"] == 3
+    assert counts["a"] <= 1  # and then no more
+    now += 1.5  # time to look, and to find it so still
+    for _ in range(3):
+        ask("POST", "/v1/completions", {})
+    assert fleet.servers()["a"] == 0
+    fleet.state["a"] = "well"
+    ask("POST", "/v1/completions", {})
+    assert fleet.servers()["a"] == 0  # the next look is two seconds after the last
+    now += 2.5
+    for _ in range(6):
+        ask("POST", "/v1/completions", {})
+    assert fleet.servers()["a"] >= 2
+
+
+def test_a_call_that_was_lost_is_not_made_again(ask: Any, fleet: Fleet) -> None:
+    fleet.state = dict.fromkeys("abc", "lost")
+    with pytest.raises(ConnectionFailed):
+        ask("POST", "/v1/completions", {})
+    assert fleet.servers().total() == 1
+
+
+def test_when_all_are_gone_the_error_says_so(ask: Any, fleet: Fleet) -> None:
+    fleet.state = dict.fromkeys("abc", "gone")
+    for _ in range(2):
+        with pytest.raises(ConnectionFailed, match="refused"):
+            ask("POST", "/v1/completions", {})
+
+
+def test_a_key_stays_with_its_server(ask: Any, fleet: Fleet) -> None:
+    for key in ("one", "two", "three", "four", "five"):
+        headers = {"idempotency-key": key}
+        for _ in range(4):
+            ask("POST", "/v1/rollouts", {}, headers=headers)
+        assert len(fleet.servers()) == 1
+    ask("POST", "/v1/rollouts", {}, headers={"idempotency-key": "one"})
+    ((name, _),) = fleet.servers().items()
+    fleet.state[name] = "gone"
+    ask("POST", "/v1/rollouts", {}, headers={"idempotency-key": "one"})
+    assert fleet.servers().total() == 1
+
+
+def test_what_is_in_progress_counts(fleet: Fleet) -> None:
+    """A stream that is still read keeps its server out of turn."""
+    body = b"data: " + json.dumps(answer()).encode() + b"\n\ndata: [DONE]\n\n"
+
+    def streamed(request: httpx.Request) -> httpx.Response:
+        fleet(request)
+        return httpx.Response(200, content=iter([body]))  # as from a connection
+
+    with Client(["http://a", "http://b"], transport=httpx.MockTransport(streamed)) as client:
+        reading = client.stream_chat(MESSAGES)
+        next(reading)
+        ((busy, _),) = fleet.servers().items()
+        for _ in range(4):
+            assert [chunk.choices[0].text for chunk in client.stream_chat(MESSAGES)] == ["ok"]
+        assert fleet.servers()[busy] == 0
+        reading.close()
+        for _ in range(4):
+            list(client.stream_chat(MESSAGES))
+        assert fleet.servers()[busy] == 2
+
+
+def test_what_changes_a_server_goes_to_one_alone(ask: Any, fleet: Fleet) -> None:
+    with pytest.raises(ValueError, match="a Client of that server alone"):
+        ask("PUT", "/v1/annealing/step", {"step": 1}, admin=True)
+    assert not fleet.asked
+    with pytest.raises(ValueError, match="one server at least"):
+        Client([])
+
+
+# --- deadlines ---------------------------------------------------------------------------------
+
+
+def test_a_deadline_holds_for_all_tries_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    waits: list[float] = []
+
+    def pause(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def busy(request: httpx.Request) -> httpx.Response:
+        nonlocal now
+        now += 1.0
+        waits.append(request.extensions["timeout"]["read"])
+        return httpx.Response(503, json={"error": {"message": "busy"}})
+
+    monkeypatch.setattr(ead_client._client.time, "monotonic", lambda: now)
+    monkeypatch.setattr(ead_client._client.time, "sleep", pause)
+    with (
+        Client(
+            "http://x", transport=httpx.MockTransport(busy), deadline=10.0, retries=99
+        ) as client,
+        pytest.raises(TimedOut, match="deadline of 10 s"),
+    ):
+        client.chat(MESSAGES)
+    assert now <= 11
+    assert waits[0] == 10.0
+    assert waits == sorted(waits, reverse=True)
+
+
+def test_a_deadline_ends_a_stream_between_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(ead_client._client.time, "monotonic", lambda: now)
+    event = b"data: " + json.dumps(answer()).encode() + b"\n\n"
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=event * 50))
+    with Client("http://x", transport=transport, deadline=10.0) as client:
+        chunks = client.stream_chat(MESSAGES)
+        for _ in range(3):
+            next(chunks)
+        now = 11.0
+        with pytest.raises(TimedOut):
+            next(chunks)

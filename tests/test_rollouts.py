@@ -331,7 +331,7 @@ def test_the_client_retries_with_a_key_and_not_without() -> None:
         return httpx.Response(200, content=packing.pack([], head))
 
     client = Client("http://x", transport=httpx.MockTransport(lose_two))
-    client._wait_before = lambda attempt: 0.0  # type: ignore[method-assign]
+    client._wait_before = lambda attempt, clock: 0.0  # type: ignore[method-assign]
     with pytest.raises(ConnectionFailed):
         client.rollouts(["x"])
     calls.clear()

@@ -25,6 +25,7 @@ from ead_client._errors import (
     TimedOut,
 )
 from ead_client._rollouts import FRAMES, WHOLE, Frames, Group, Rollouts, unpack
+from ead_client._servers import AsyncBalancedTransport, BalancedTransport
 from ead_client._types import AnnealingDict, Answer, Chunk
 
 Json = dict[str, Any]
@@ -47,25 +48,39 @@ class _Calls:
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         *,
         api_key: str | None,
         timeout: httpx.Timeout | float,
+        deadline: float | None,
         retries: int,
         model: str,
         admin_api_key: str | None,
         compress: bool,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        urls = [base_url] if isinstance(base_url, str) else list(base_url)
+        if not urls:
+            raise ValueError("base_url: needs one server at least")
+        self.base_urls = [url.rstrip("/") for url in urls]
+        self.base_url = self.base_urls[0]
         self.model = model
         self._retries = retries
+        self._timeout = timeout if isinstance(timeout, httpx.Timeout) else httpx.Timeout(timeout)
+        self._deadline = deadline
         # httpx would ask for compressed answers by itself
         headers = {"accept-encoding": "gzip" if compress else "identity", **_bearer(api_key)}
         self._admin_headers = _bearer(admin_api_key)
-        self._options: Json = {"base_url": self.base_url, "timeout": timeout, "headers": headers}
+        several = len(urls) > 1  # whose transport puts the address in
+        url = "http://servers" if several else self.base_url
+        self._options: Json = {"base_url": url, "timeout": self._timeout, "headers": headers}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.base_url!r})"  # never the key
+        return f"{type(self).__name__}({', '.join(map(repr, self.base_urls))})"  # never the key
+
+    def _headers(self, headers: Mapping[str, str] | None, *, admin: bool) -> dict[str, str]:
+        if admin and len(self.base_urls) > 1:
+            raise ValueError("admin: what changes a server goes to a Client of that server alone")
+        return {**(headers or {}), **(self._admin_headers if admin else {})}
 
     def _completion_body(
         self, annealing: Annealing, rollout: bool | Mapping[str, bool], fields: Json
@@ -86,9 +101,13 @@ class _Calls:
             body["chat_template_kwargs"] = {**(body.get("chat_template_kwargs") or {}), **asked}
         return body
 
-    def _wait_before(self, attempt: int) -> float:
+    def _clock(self) -> _Clock:
+        return _Clock(self._timeout, self._deadline)
+
+    def _wait_before(self, attempt: int, clock: _Clock) -> float:
         """Seconds before try number `attempt` (1 = the first retry): doubling, with jitter."""
-        return min(0.25 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
+        wait = min(0.25 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
+        return min(wait, clock.left() or wait)
 
     def _may_retry(self, error: EadError, attempt: int, *, repeatable: bool) -> bool:
         """Whether sending again is safe: a call that changes nothing, one that never arrived
@@ -119,6 +138,32 @@ class _Calls:
         if idempotency_key:
             headers["idempotency-key"] = idempotency_key
         return {**body, "sampling_params": sampling_params}, headers
+
+
+class _Clock:
+    """The time of one call, its retries and its whole answer. deadline: seconds, or None."""
+
+    def __init__(self, timeout: httpx.Timeout, deadline: float | None) -> None:
+        self._timeout = timeout
+        self._deadline = deadline
+        self._end = None if deadline is None else time.monotonic() + deadline
+
+    def timeout(self) -> httpx.Timeout:
+        """For httpx: each wait ends at the deadline. Raises TimedOut after it."""
+        left = self.left()
+        if left is None:
+            return self._timeout
+        waits = {k: left if v is None else min(v, left) for k, v in self._timeout.as_dict().items()}
+        return httpx.Timeout(**waits)
+
+    def left(self) -> float | None:
+        """Seconds. Raises TimedOut when there are none."""
+        if self._end is None:
+            return None
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimedOut(f"no whole answer within the deadline of {self._deadline:g} s")
+        return left
 
 
 def _asked(annealing: Annealing, rollout: bool | Mapping[str, bool]) -> Json:
@@ -160,12 +205,14 @@ def _whole_rollouts(body: Json, data: bytes) -> Rollouts:
 class _GroupStream:
     """Reads frames into groups, and knows whether the stream came to its end."""
 
-    def __init__(self, body: Json) -> None:
+    def __init__(self, body: Json, clock: _Clock) -> None:
         self._body = body
+        self._clock = clock
         self._frames = Frames()
         self._ended = False
 
     def feed(self, data: bytes) -> Iterator[Group]:
+        self._clock.left()
         for frame in self._frames.feed(data):
             about, groups = unpack(frame)
             self._ended = about.get("object") == "rollouts.end"
@@ -237,8 +284,9 @@ def _check_marker(body: Json, annealed: bool, recorded: bool) -> None:
 class _StreamCheck:
     """Reads server-sent events into chunks, and checks the marker at the end of each choice."""
 
-    def __init__(self, body: Json) -> None:
+    def __init__(self, body: Json, clock: _Clock) -> None:
         self._body = body
+        self._clock = clock
         self._annealed: set[int] = set()
         self._recorded: set[int] = set()
         self._ended = False
@@ -248,6 +296,7 @@ class _StreamCheck:
             raise ConnectionFailed("the stream ended before its last event")
 
     def chunk(self, line: str) -> Chunk | None:
+        self._clock.left()
         self._ended = self._ended or line == "data: [DONE]"
         if not line.startswith("data: ") or self._ended:
             return None
@@ -271,19 +320,23 @@ class _StreamCheck:
 class Client(_Calls):
     """Synchronous client. Use as a context manager, or call `close`.
 
-    timeout: seconds or httpx.Timeout. retries: further tries, with growing pauses, of what is
-    safe to send again: reads, and calls that the server never began. model: as served.
-    admin_api_key: for calls that change the server, see `request`. compress: rollouts come
-    compressed, a quarter smaller: for slow networks, on others it takes longer than it saves.
+    base_url: of one server, or of several, of which each call goes to the one with the fewest in
+    progress, see `_servers`. timeout: seconds without a byte, or httpx.Timeout. deadline: seconds
+    for a call with its retries and its whole answer, looked at between its pieces. retries: further
+    tries, with growing pauses, of what is safe to send again: reads, and calls that the server
+    never began. model: as served. admin_api_key: for calls that change the server, see `request`.
+    compress: rollouts come compressed, a quarter smaller: for slow networks, on others it takes
+    longer than it saves.
     """
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:30000",
+        base_url: str | Sequence[str] = "http://127.0.0.1:30000",
         *,
         api_key: str | None = None,
         admin_api_key: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        deadline: float | None = None,
         retries: int = 3,
         model: str = "default",
         compress: bool = False,
@@ -294,10 +347,13 @@ class Client(_Calls):
             api_key=api_key,
             admin_api_key=admin_api_key,
             timeout=timeout,
+            deadline=deadline,
             retries=retries,
             model=model,
             compress=compress,
         )
+        if len(self.base_urls) > 1:
+            transport = BalancedTransport(self.base_urls, transport)
         self._http = httpx.Client(transport=transport, **self._options)
 
     def chat(
@@ -338,8 +394,9 @@ class Client(_Calls):
     ) -> Iterator[Chunk]:
         """The answer piece by piece; leaving the iteration ends the generation."""
         body = self._chat_body(messages, annealing, rollout, fields)
-        check = _StreamCheck(body)
-        with self.stream(CHAT, {**body, "stream": True}) as response:
+        clock = self._clock()
+        check = _StreamCheck(body, clock)
+        with self.stream(CHAT, {**body, "stream": True}, clock=clock) as response:
             for line in response.iter_lines():
                 chunk = check.chunk(line)
                 if chunk is not None:
@@ -403,8 +460,9 @@ class Client(_Calls):
             entropies=entropies,
             texts=texts,
         )
-        stream = _GroupStream(body)
-        with self.stream(ROLLOUTS, body, headers) as response:
+        clock = self._clock()
+        stream = _GroupStream(body, clock)
+        with self.stream(ROLLOUTS, body, headers, clock=clock) as response:
             for data in response.iter_bytes():
                 yield from stream.feed(data)
         stream.check_end()
@@ -417,12 +475,15 @@ class Client(_Calls):
         headers: Mapping[str, str] | None = None,
         *,
         admin: bool = False,
+        clock: _Clock | None = None,
     ) -> Iterator[httpx.Response]:
         """POST to any route, for an answer that is read as it arrives; its status is checked, and
         what breaks it later raises EadError too. admin: see `request`."""
-        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
+        headers = self._headers(headers, admin=admin)
         try:
-            with self._http.stream("POST", path, json=body, headers=headers) as response:
+            with self._http.stream(
+                "POST", path, json=body, headers=headers, timeout=(clock or self._clock()).timeout()
+            ) as response:
                 if response.status_code >= 400:
                     response.read()
                 _check_status(response)
@@ -447,14 +508,20 @@ class Client(_Calls):
         repeatable: whether doing it twice is harmless (default: for GET). admin: send the admin
         key, if there is one: for weights, schedule, step, pauses and aborts.
         """
-        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
+        headers = self._headers(headers, admin=admin)
         repeatable = method == "GET" if repeatable is None else repeatable
+        clock = self._clock()
         attempt = 0
         while True:
             try:
                 try:
                     response = self._http.request(
-                        method, path, json=body, content=content, headers=headers
+                        method,
+                        path,
+                        json=body,
+                        content=content,
+                        headers=headers,
+                        timeout=clock.timeout(),
                     )
                 except httpx.HTTPError as error:
                     raise _transport_error(error) from error
@@ -466,7 +533,7 @@ class Client(_Calls):
                 ):
                     raise
             attempt += 1
-            time.sleep(self._wait_before(attempt))
+            time.sleep(self._wait_before(attempt, clock))
 
     def model_info(self) -> Json:
         """SGLang's /model_info: the model's path and the weight version now served."""
@@ -493,11 +560,12 @@ class AsyncClient(_Calls):
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:30000",
+        base_url: str | Sequence[str] = "http://127.0.0.1:30000",
         *,
         api_key: str | None = None,
         admin_api_key: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        deadline: float | None = None,
         retries: int = 3,
         model: str = "default",
         compress: bool = False,
@@ -508,10 +576,13 @@ class AsyncClient(_Calls):
             api_key=api_key,
             admin_api_key=admin_api_key,
             timeout=timeout,
+            deadline=deadline,
             retries=retries,
             model=model,
             compress=compress,
         )
+        if len(self.base_urls) > 1:
+            transport = AsyncBalancedTransport(self.base_urls, transport)
         self._http = httpx.AsyncClient(transport=transport, **self._options)
 
     async def chat(
@@ -548,8 +619,9 @@ class AsyncClient(_Calls):
     ) -> AsyncIterator[Chunk]:
         """See Client.stream_chat."""
         body = self._chat_body(messages, annealing, rollout, fields)
-        check = _StreamCheck(body)
-        async with self.stream(CHAT, {**body, "stream": True}) as response:
+        clock = self._clock()
+        check = _StreamCheck(body, clock)
+        async with self.stream(CHAT, {**body, "stream": True}, clock=clock) as response:
             async for line in response.aiter_lines():
                 chunk = check.chunk(line)
                 if chunk is not None:
@@ -606,8 +678,9 @@ class AsyncClient(_Calls):
             entropies=entropies,
             texts=texts,
         )
-        stream = _GroupStream(body)
-        async with self.stream(ROLLOUTS, body, headers) as response:
+        clock = self._clock()
+        stream = _GroupStream(body, clock)
+        async with self.stream(ROLLOUTS, body, headers, clock=clock) as response:
             async for data in response.aiter_bytes():
                 for group in stream.feed(data):
                     yield group
@@ -621,11 +694,14 @@ class AsyncClient(_Calls):
         headers: Mapping[str, str] | None = None,
         *,
         admin: bool = False,
+        clock: _Clock | None = None,
     ) -> AsyncIterator[httpx.Response]:
         """See Client.stream."""
-        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
+        headers = self._headers(headers, admin=admin)
         try:
-            async with self._http.stream("POST", path, json=body, headers=headers) as response:
+            async with self._http.stream(
+                "POST", path, json=body, headers=headers, timeout=(clock or self._clock()).timeout()
+            ) as response:
                 if response.status_code >= 400:
                     await response.aread()
                 _check_status(response)
@@ -645,14 +721,20 @@ class AsyncClient(_Calls):
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         """See Client.request."""
-        headers = {**(headers or {}), **(self._admin_headers if admin else {})}
+        headers = self._headers(headers, admin=admin)
         repeatable = method == "GET" if repeatable is None else repeatable
+        clock = self._clock()
         attempt = 0
         while True:
             try:
                 try:
                     response = await self._http.request(
-                        method, path, json=body, content=content, headers=headers
+                        method,
+                        path,
+                        json=body,
+                        content=content,
+                        headers=headers,
+                        timeout=clock.timeout(),
                     )
                 except httpx.HTTPError as error:
                     raise _transport_error(error) from error
@@ -664,7 +746,7 @@ class AsyncClient(_Calls):
                 ):
                     raise
             attempt += 1
-            await asyncio.sleep(self._wait_before(attempt))
+            await asyncio.sleep(self._wait_before(attempt, clock))
 
     async def model_info(self) -> Json:
         """See Client.model_info."""

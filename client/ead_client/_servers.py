@@ -1,0 +1,218 @@
+"""Several servers behind one client: each call goes to the one with the fewest calls in progress.
+
+A server that refuses a connection, or says that it is not ready, gets no calls for a while, twice
+as long each time, and then none before its /health/ready has answered. A call that a server never
+began goes on to the next at once. Calls with an idempotency key go to the same server each time,
+as long as it is there: only it knows the key.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+import httpx
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+_PROBE_TIMEOUT_S = 2.0
+
+
+@dataclass(eq=False)
+class _Server:
+    url: httpx.URL
+    calls: int = 0  # in progress
+    failures: int = 0  # in a row
+    back_at: float = 0.0  # time.monotonic(), after failures
+
+    def request(self, request: httpx.Request) -> httpx.Request:
+        """The same request, to this server. Its body is kept, not read."""
+        path = self.url.raw_path.rstrip(b"/") + request.url.raw_path
+        url = self.url.copy_with(raw_path=path)
+        others = [(k, v) for k, v in request.headers.raw if k.lower() != b"host"]
+        return httpx.Request(
+            request.method,
+            url,
+            headers=[(b"host", url.netloc), *others],
+            stream=request.stream,
+            extensions=request.extensions,
+        )
+
+    @property
+    def probe(self) -> httpx.Request:
+        path = self.url.raw_path.rstrip(b"/") + b"/health/ready"
+        timeout = httpx.Timeout(_PROBE_TIMEOUT_S).as_dict()
+        url = self.url.copy_with(raw_path=path)
+        return httpx.Request("GET", url, extensions={"timeout": timeout})
+
+
+class _Servers:
+    """Who is asked next. Safe among threads."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._servers = [_Server(httpx.URL(url)) for url in urls]
+        self._lock = threading.Lock()
+        self._turn = 0
+
+    def in_order(self, request: httpx.Request) -> Iterator[tuple[_Server, bool]]:
+        """Those to try, the best first, and whether it is the last: one that failed lately is
+        asked only when no other is left."""
+        with self._lock:
+            self._turn += 1
+            key = request.headers.get("idempotency-key")
+            start = self._turn if key is None else zlib.crc32(key.encode())
+            count = len(self._servers)
+            turn = [self._servers[(start + i) % count] for i in range(count)]
+        now = time.monotonic()
+        turn.sort(key=lambda s: (s.back_at > now, s.calls if key is None else 0))
+        return zip(turn, [False] * (count - 1) + [True], strict=True)
+
+    def begin(self, server: _Server) -> None:
+        with self._lock:
+            server.calls += 1
+
+    def end(self, server: _Server) -> None:
+        with self._lock:
+            server.calls -= 1
+
+    @staticmethod
+    def is_taken(server: _Server, found: httpx.Response | BaseException) -> bool:
+        """Note how a call went. Whether that is the answer, and not for the next server to give."""
+        if isinstance(found, httpx.Response) and found.status_code != 503:
+            server.failures, server.back_at = 0, 0.0
+            return True
+        if isinstance(found, httpx.Response | httpx.HTTPError):
+            server.failures += 1
+            pause = min(_FIRST_PAUSE_S * 2 ** (server.failures - 1), _LONGEST_PAUSE_S)
+            server.back_at = time.monotonic() + pause
+        return not isinstance(found, httpx.Response | httpx.ConnectError | httpx.ConnectTimeout)
+
+
+def _repeatable(request: httpx.Request) -> bool:
+    """Whether its body can be sent once more."""
+    return isinstance(request.stream, httpx.ByteStream)
+
+
+class BalancedTransport(httpx.BaseTransport):
+    """For httpx.Client; see the module. urls: at least one."""
+
+    def __init__(self, urls: Sequence[str], transport: httpx.BaseTransport | None = None) -> None:
+        self._servers = _Servers(urls)
+        self._transport = transport or httpx.HTTPTransport()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        for server, is_last in self._servers.in_order(request):
+            if not is_last and not self._is_ready(server):
+                continue
+            self._servers.begin(server)
+            try:
+                response = self._transport.handle_request(server.request(request))
+            except BaseException as error:
+                self._servers.end(server)
+                if self._servers.is_taken(server, error) or is_last:
+                    raise
+                continue
+            assert isinstance(response.stream, httpx.SyncByteStream)
+            response.stream = _Counted(response.stream, self._servers, server)
+            if self._servers.is_taken(server, response) or is_last or not _repeatable(request):
+                return response
+            response.close()
+        raise AssertionError("the last server is always asked")
+
+    def _is_ready(self, server: _Server) -> bool:
+        if not server.failures:
+            return True
+        if server.back_at > time.monotonic():
+            return False
+        try:
+            response = self._transport.handle_request(server.probe)
+            response.close()
+        except httpx.HTTPError as error:
+            self._servers.is_taken(server, error)
+            return False
+        return self._servers.is_taken(server, response)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class _Counted(httpx.SyncByteStream):
+    """An answer's body; the call is in progress until it is closed."""
+
+    def __init__(self, stream: httpx.SyncByteStream, servers: _Servers, server: _Server) -> None:
+        self._stream, self._servers, self._server = stream, servers, server
+        self._open = True
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._servers.end(self._server)
+        self._stream.close()
+
+
+class AsyncBalancedTransport(httpx.AsyncBaseTransport):
+    """For httpx.AsyncClient; as BalancedTransport."""
+
+    def __init__(
+        self, urls: Sequence[str], transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self._servers = _Servers(urls)
+        self._transport = transport or httpx.AsyncHTTPTransport()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        for server, is_last in self._servers.in_order(request):
+            if not is_last and not await self._is_ready(server):
+                continue
+            self._servers.begin(server)
+            try:
+                response = await self._transport.handle_async_request(server.request(request))
+            except BaseException as error:
+                self._servers.end(server)
+                if self._servers.is_taken(server, error) or is_last:
+                    raise
+                continue
+            assert isinstance(response.stream, httpx.AsyncByteStream)
+            response.stream = _AsyncCounted(response.stream, self._servers, server)
+            if self._servers.is_taken(server, response) or is_last or not _repeatable(request):
+                return response
+            await response.aclose()
+        raise AssertionError("the last server is always asked")
+
+    async def _is_ready(self, server: _Server) -> bool:
+        if not server.failures:
+            return True
+        if server.back_at > time.monotonic():
+            return False
+        try:
+            response = await self._transport.handle_async_request(server.probe)
+            await response.aclose()
+        except httpx.HTTPError as error:
+            self._servers.is_taken(server, error)
+            return False
+        return self._servers.is_taken(server, response)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+class _AsyncCounted(httpx.AsyncByteStream):
+    """As _Counted."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, servers: _Servers, server: _Server) -> None:
+        self._stream, self._servers, self._server = stream, servers, server
+        self._open = True
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            yield part
+
+    async def aclose(self) -> None:
+        if self._open:
+            self._open = False
+            self._servers.end(self._server)
+        await self._stream.aclose()
