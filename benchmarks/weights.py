@@ -29,17 +29,12 @@ from ead_client import Client
 from ead_sampler import device
 from ead_server import models
 from ead_server.process import ServerProcess
-from trainer_bridge import (
-    ModelConfig,
-    SyncConfig,
-    SyncReport,
-    load_policy,
-    weight_publisher,
-)
+from trainer_bridge.policy import LoraConfig, ModelConfig, load_policy
+from trainer_bridge.weights import SyncConfig, SyncReport, weight_publisher
 
-WAYS = ("tensors", "distributed", "disk")
+WAYS = ("tensors", "adapters", "distributed", "disk")
 DTYPES = ("bfloat16", "float32")
-PHASES = ("write", "join", "transfer", "pause", "load", "standstill", "total")
+PHASES = ("write", "join", "transfer", "merge", "pause", "load", "standstill", "total")
 
 
 class Sync(NamedTuple):
@@ -53,7 +48,9 @@ class Sync(NamedTuple):
 
 
 def measure(dtype: str, options: argparse.Namespace, console: Console) -> Iterator[Sync]:
-    policy, _ = load_policy(ModelConfig(path=str(models.pull())))
+    path = str(models.pull())
+    policy, _ = load_policy(ModelConfig(path=path))
+    adapted, _ = load_policy(ModelConfig(path=path, lora=LoraConfig(rank=options.rank)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         arguments = ["--dtype", dtype, "--weights-root", name]
@@ -63,13 +60,19 @@ def measure(dtype: str, options: argparse.Namespace, console: Console) -> Iterat
             with Client(server.url, admin_api_key=server.admin_api_key) as client:
                 publishers = {}
                 for way in WAYS:
-                    fields = {"way": way, "folder": folder, "bucket_bytes": options.bucket_bytes}
+                    fields = {"folder": folder, "bucket_bytes": options.bucket_bytes}
+                    fields["way"] = "tensors" if way == "adapters" else way
                     config = SyncConfig.model_validate(fields)
                     publishers[way] = weight_publisher(client, config)
                 for round_ in track(range(options.rounds + 1), dtype, console=console):
                     for way in random.Random(round_).sample(WAYS, len(WAYS)):
                         version = f"{way}-{round_}"
-                        report = publishers[way].publish(policy.named_weights(), version)
+                        publish = publishers[way].publish
+                        if way == "adapters":
+                            named, scale = adapted.named_adapters(), adapted.lora_scale
+                            report = publish(named, version, lora_scale=scale)
+                        else:
+                            report = publish(policy.named_weights(), version)
                         if client.model_info()["weight_version"] != version:
                             raise SystemExit(f"{version} is not served")
                         yield Sync(dtype, way, round_ == 0, report.num_bytes, phases(report))
@@ -86,6 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--bucket-bytes", type=int, default=128 << 20)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     device.choose()
@@ -96,7 +100,8 @@ def main() -> None:
 
 def report(syncs: list[Sync], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"syncs": [sync._asdict() for sync in syncs]}))
+        ratios = {f"{d}, {w}": ratio(syncs, d, w) for d in DTYPES for w in WAYS if w != "tensors"}
+        print(json.dumps({"ratios": ratios, "syncs": [sync._asdict() for sync in syncs]}))
         return
     table = Table("served", "way", "MB", *PHASES, "first", title="seconds: median (min to max)")
     for dtype in DTYPES:
@@ -107,6 +112,16 @@ def report(syncs: list[Sync], *, as_json: bool) -> None:
             cells = [spread([s[phase] for s in later if phase in s]) for phase in PHASES]
             table.add_row(dtype, way, f"{found[0].num_bytes / 1e6:.0f}", *cells, f"{first:.2f}")
     Console().print(table)
+
+
+def ratio(syncs: list[Sync], dtype: str, way: str) -> float:
+    """Median over the rounds of this way's seconds to those of `tensors`."""
+    totals = {
+        each: [s.seconds["total"] for s in syncs if (s.dtype, s.way) == (dtype, each)][1:]
+        for each in (way, "tensors")
+    }
+    pairs = zip(totals[way], totals["tensors"], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
 def spread(values: list[float]) -> str:
