@@ -5,32 +5,84 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from test_server import expected_temperatures
 
+from ead_client import Rollout
 from ead_sampler import plugin
-from ead_server.process import ServerFailed, hold_port
+from ead_server.process import ServerFailed, ServerProcess, hold_port
 
 
-def ead(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def ead(
+    *arguments: str, cwd: Path | None = None, said: str = "", **environ: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ead_server.cli", *arguments]
+    environ = {**os.environ, "COLUMNS": "100", **environ}
     return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environ}
+        command, capture_output=True, text=True, cwd=cwd, input=said, env=environ, timeout=300
     )
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["serve"], ["demo"], ["doctor"], ["models"], ["models", "pull"]]
-)
-def test_help_exists_and_shows_an_example(command: list[str]) -> None:
-    result = ead(*command, "--help")
+COMMANDS = [
+    *("serve", "demo", "train", "eval", "plot", "schedule", "chat", "rollout", "bench", "doctor"),
+    *("models list", "models pull"),
+]
+
+
+def example_of(command: str) -> list[str]:
+    """The arguments of the example in a command's help."""
+    result = ead(*command.split(), "--help", COLUMNS="200")
     assert result.returncode == 0
-    if command not in ([], ["models"]):
-        assert f"Example: ead {' '.join(command)}" in result.stdout
+    (example,) = re.findall(r"Example: ead (.*?)\s*[│\n]", result.stdout)
+    assert example.startswith(command)
+    return shlex.split(example)
+
+
+def test_every_command_is_told() -> None:
+    told = ead("--help").stdout + ead("models", "--help").stdout
+    for command in COMMANDS:
+        assert re.search(rf"│ {command.split()[-1]} ", told), command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str) -> None:
+    assert example_of(command)
+
+
+# serve, train, eval and demo: what they run has tests of its own, their examples take minutes
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("schedule", "paper, step 400"),
+        ("chat", "tokens, temperature"),
+        ("rollout", "2 of 2 prompts in answers.jsonl"),
+        ("bench", '"ratios"'),
+        ("doctor", '"ok": true'),
+        ("models list", '"smollm2"'),
+        ("models pull", "SmolLM2-135M-Instruct"),
+        ("plot", "curves.png"),
+    ],
+)
+def test_the_example_runs(command: str, says: str, server: ServerProcess, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("2+3?\n\n2*3?\n")
+    run = tmp_path / "runs" / "products"
+    run.mkdir(parents=True)
+    entries = [{"step": step, "reward/mean": 0.1 * step, "time/step": 1.0} for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    result = ead(*example_of(command), cwd=tmp_path, EAD_URL=server.url)
+    assert result.returncode == 0, result.stderr
+    assert says in result.stdout
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -44,6 +96,13 @@ def test_help_exists_and_shows_an_example(command: list[str]) -> None:
         (["serve", "--max-body-bytes", "1"], "--max-body-bytes: Input should be greater than"),
         (["serve", "--log-format", "xml"], "--log-format: Input should be 'text', 'json' or 'off'"),
         (["serve", "--api-key-file", "/no/such/file"], "cannot read /no/such/file: No such file"),
+        (["schedule", "hot"], "annealing: must be JSON or one of recipe, paper, ead,"),
+        (["schedule", '{"tau_max": 99}'], "annealing.tau_max: must be a finite number"),
+        (["schedule", "paper", "--out", "x.gif"], "--out: must end in .png or .svg, got x.gif"),
+        (["chat", "hi", "--by", "luck"], "--by: must be one of temperature, entropy, surprise"),
+        (["chat", "hi", "--url", "http://127.0.0.1:9"], "ConnectError"),
+        (["rollout", "/no/such/file"], "cannot read /no/such/file"),
+        (["rollout", "x", "--sampling", "[]"], "--sampling: must be an object, got []"),
     ],
 )
 def test_mistakes_are_a_sentence_and_a_status(arguments: list[str], says: str) -> None:
@@ -147,3 +206,116 @@ def test_without_its_extras_the_command_says_what_to_install() -> None:
     assert result.returncode == 1
     assert "pip install 'ead[server]'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# --- schedule ----------------------------------------------------------------------------------
+
+
+def test_a_schedule_is_shown_in_every_form(tmp_path: Path) -> None:
+    recipe = {"decay": 100.0, "warmup": 3}
+    numbers = ead("schedule", json.dumps(recipe), "cosine", "--length", "40", "--json")
+    shown = json.loads(numbers.stdout)["temperatures"]
+    assert [*shown] == [json.dumps(recipe), "cosine"]
+    # the formula alone: 64-bit arithmetic, not ours
+    assert np.allclose(shown[json.dumps(recipe)], expected_temperatures(recipe, 40), atol=1e-6)
+    table = ead("schedule", "paper", "--length", "40").stdout
+    assert re.search(r"│ 10 +│ 0\.708 │", table)
+    for name, begins in (("s.png", b"\x89PNG"), ("s.svg", b"<svg")):
+        assert ead("schedule", "paper", "--out", name, cwd=tmp_path).stdout == f"{name}\n"
+        assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_on_a_terminal_a_schedule_is_a_plot(no_color: bool) -> None:
+    command = f"stty cols 80 rows 24; {sys.executable} -m ead_server.cli schedule paper cosine"
+    environ = {"TERM": "xterm-256color", **os.environ}
+    environ.pop("NO_COLOR", None)
+    if no_color:
+        environ["NO_COLOR"] = "1"
+    told = subprocess.run(
+        ["script", "-qec", command, "/dev/null"], capture_output=True, text=True, env=environ
+    )
+    assert "generated token" in told.stdout, told.stdout + told.stderr
+    assert "cosine" in told.stdout
+    assert ("\x1b[" in told.stdout) != no_color
+
+
+# --- chat --------------------------------------------------------------------------------------
+
+
+def test_a_chat_remembers_and_stays_plain_off_a_terminal(server: ServerProcess) -> None:
+    chat = ("chat", "--url", server.url, "--max-tokens", "6")
+    twice = ead(*chat, said="hello\nagain\n")
+    assert twice.returncode == 0, twice.stderr
+    assert len(re.findall(r"\d+ tokens?, temperature 1.00 to", twice.stdout)) == 2
+    assert "\x1b" not in twice.stdout
+    for by in ("entropy", "surprise"):
+        assert ead(*chat, "hi", "--by", by, "--annealing", "cosine").returncode == 0
+
+
+# --- rollout -----------------------------------------------------------------------------------
+
+
+def test_rollouts_go_on_where_they_were_stopped(server: ServerProcess, tmp_path: Path) -> None:
+    schedule = {"tau_max": 1.5, "tau_min": 0.3, "decay": 20.0, "warmup": 3, "step": 0}
+    prompts = [
+        "2+3?",
+        [5, 6, 7],
+        [{"role": "user", "content": "hi"}],
+        {"prompt": "x", "n": 1, "answer": 7, "metadata": {"from": "here"}},
+        {"text": "too long " * 20_000},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    asked = ["rollout", "p.jsonl", "-n", "2", "--annealing", json.dumps(schedule), "--json"]
+    asked += ["--max-new-tokens", "12", "--sampling", '{"ignore_eos": true}', "--per-call", "2"]
+    lines = tmp_path / "out.jsonl"
+
+    def run(*more: str) -> tuple[int, Any, str]:
+        result = ead(*asked, *more, cwd=tmp_path, EAD_URL=server.url)
+        assert "Traceback" not in result.stderr
+        return result.returncode, json.loads(result.stdout or "null"), result.stderr
+
+    counts = {"prompts": 5, "answered_before": 0, "failed": 1}
+    status, told, said = run("--out", "out.jsonl")
+    assert (status, told) == (1, {**counts, "out": "out.jsonl"}), said
+    assert "prompt 4: " in said
+    first = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert sorted(entry["index"] for entry in first) == [0, 1, 2, 3]
+    by_index = {entry["index"]: entry for entry in first}
+    assert by_index[1]["prompt_token_ids"] == [5, 6, 7]
+    assert by_index[3]["metadata"] == {"answer": 7, "from": "here"}
+    for entry in first:
+        assert len(entry["answers"]) == (1 if entry["index"] == 3 else 2)
+        for answer in entry["answers"]:
+            rollout = Rollout.model_validate(answer["rollout"])
+            want = expected_temperatures(schedule, 12)
+            assert np.abs(rollout.temperatures - want).max() < 1e-6
+
+    lines.write_text("".join(json.dumps(entry) + "\n" for entry in first[:2]) + '{"index": 3, "me')
+    status, told, _ = run("--out", "out.jsonl")  # it was killed while it wrote
+    assert told == {**counts, "answered_before": 2, "out": "out.jsonl"}
+    again = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert again[:2] == first[:2]
+    assert sorted(entry["index"] for entry in again) == [0, 1, 2, 3]
+
+    status, _, said = run("--out", "out.jsonl", "-n", "3")
+    assert status == 1
+    assert "out.jsonl has answers with another n: 2, not 3" in said
+
+    status, told, _ = run("--out", "packed")
+    assert told == {**counts, "out": "packed"}
+    files = sorted((tmp_path / "packed").iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.safetensors" for i in range(4)]
+    arrays = load_file(files[0])
+    assert arrays["offsets"].tolist() == [0, 12, 24]
+    files[2].unlink()
+    assert run("--out", "packed")[1]["answered_before"] == 3
+    assert files[2].exists()
+
+
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path) -> None:
+    for line, says in (("{", "p.jsonl:2: "), ("7", "p.jsonl:2: must be a text, a list or an")):
+        (tmp_path / "p.jsonl").write_text(f'"fine"\n{line}\n')
+        result = ead("rollout", "p.jsonl", cwd=tmp_path)
+        assert result.returncode == 1
+        assert says in result.stderr

@@ -234,6 +234,17 @@ def test_adapters_that_do_not_fit_are_a_400_and_the_old_weights_stay(
     assert serves(client, reference.model, "default")
 
 
+def test_adapters_may_be_larger_than_other_bodies(
+    client: Client, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Than --max-body-bytes, 32 MiB: factors of rank 50,000 are."""
+    matrix = "model.layers.0.self_attn.q_proj.weight"
+    factors = {f"{matrix}.lora_A": torch.zeros(150_000, 64), f"{matrix}.lora_B": torch.zeros(64, 1)}
+    publisher = weight_publisher(client, config("tensors", tmp_path, bucket_bytes=1 << 30))
+    with pytest.raises(WeightUpdateFailed, match=r"not the length|lora_B: shape must be"):
+        publisher.publish(factors.items(), 5, lora_scale=1.0)
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e30])
 def test_a_scale_that_is_none_is_refused(
     scale: float, client: Client, tiny_model: Path, tmp_path: Path

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from ead_client import _html
 from ead_client._errors import MalformedAnswer
 from ead_client._types import Answered, Choice, Ints
 
@@ -37,6 +38,11 @@ class Group(Answered):
     error: Json | None = None  # OpenAI's error object, when no answer was begun
     prompt_token_ids: Ints
     answers: list[Choice]  # `rollout` is None where `error` says why
+    # the safetensors file that it came in, where it came alone; its arrays are views of it
+    packed: bytes | None = Field(default=None, repr=False, exclude=True)
+
+    def _repr_html_(self) -> str:
+        return _html.answers_html(self.answers)
 
 
 class Rollouts(Answered):
@@ -60,7 +66,8 @@ def unpack(data: bytes) -> tuple[Json, list[Group]]:
     try:
         arrays = _arrays(data)
         about = json.loads(arrays["json"].tobytes())
-        return about, list(_groups(about.pop("groups"), arrays))
+        groups = about.pop("groups")
+        return about, list(_groups(groups, arrays, data if len(groups) == 1 else None))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise MalformedAnswer(f"not rollouts: {type(error).__name__}: {error}") from error
 
@@ -84,7 +91,9 @@ def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _groups(about: list[Json], arrays: dict[str, NDArray[Any]]) -> Iterator[Group]:
+def _groups(
+    about: list[Json], arrays: dict[str, NDArray[Any]], packed: bytes | None
+) -> Iterator[Group]:
     number = 0  # of the answer, counted over all groups
     for position, group in enumerate(about):
         first, last = arrays["prompt_offsets"][position : position + 2]
@@ -101,7 +110,8 @@ def _groups(about: list[Json], arrays: dict[str, NDArray[Any]]) -> Iterator[Grou
             said = {"index": index, "text": text, "finish_reason": reason, "rollout": rollout}
             answers.append({**said, "error": answer["error"]})
             number += 1
-        yield Group.model_validate({**group, "prompt_token_ids": prompt, "answers": answers})
+        said = {**group, "prompt_token_ids": prompt, "answers": answers, "packed": packed}
+        yield Group.model_validate(said)
 
 
 def _columns(arrays: dict[str, NDArray[Any]], number: int) -> dict[str, NDArray[Any]]:

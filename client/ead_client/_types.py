@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ead_client import _html
+
+if TYPE_CHECKING:
+    import torch
 
 
 class AnnealingDict(TypedDict, total=False):
@@ -68,6 +74,39 @@ class Rollout(Answered):
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def to_torch(self) -> dict[str, torch.Tensor]:
+        """The columns by name, each [T], int64 and float32, on the CPU; those that are there.
+
+        Columns of the binary form are copied, since bytes cannot be written to. Raises
+        ImportError where torch is not installed.
+        """
+        import torch
+
+        names = ("token_ids", "temperatures", "logprobs", "model_logprobs", "entropies")
+        columns = {name: getattr(self, name) for name in (*names, "prompt_token_ids")}
+        return {
+            name: torch.from_numpy(column if column.flags.writeable else column.copy())
+            for name, column in columns.items()
+            if column is not None
+        }
+
+    def __repr__(self) -> str:
+        return f"Rollout({', '.join(f'{name}={value}' for name, value in self._told())})"
+
+    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
+        yield from self._told()
+
+    def _repr_html_(self) -> str:
+        return _html.rollout_html(self)
+
+    def _told(self) -> Iterator[tuple[str, Any]]:
+        yield "tokens", len(self)
+        if len(self):
+            yield "temperatures", f"{self.temperatures.max():.3g} to {self.temperatures.min():.3g}"
+            yield "logprob", f"{self.logprobs.mean():.3g}"
+            yield "model_logprob", f"{self.model_logprobs.mean():.3g}"
+        yield "finish_reason", self.finish_reason
+
 
 class Choice(Answered):
     """One generated answer."""
@@ -76,6 +115,7 @@ class Choice(Answered):
     text: str
     finish_reason: str | None = None
     rollout: Rollout | None = None
+    tokens: list[str] | None = None  # texts of the tokens, where `logprobs` was asked for
     error: dict[str, Any] | None = None  # of this answer alone, in /v1/rollouts
 
     @model_validator(mode="before")
@@ -85,7 +125,13 @@ class Choice(Answered):
         message = raw.get("message") or raw.get("delta")
         if isinstance(message, dict):
             raw = {**raw, "text": message.get("content") or ""}
-        return raw
+        logprobs = raw.get("logprobs") or {}
+        if logprobs.get("content"):
+            return {**raw, "tokens": [entry["token"] for entry in logprobs["content"]]}
+        return {**raw, "tokens": logprobs["tokens"]} if logprobs.get("tokens") else raw
+
+    def _repr_html_(self) -> str:
+        return _html.answers_html([self])
 
 
 class Answer(Answered):
@@ -95,6 +141,9 @@ class Answer(Answered):
     model: str
     choices: list[Choice]
     usage: dict[str, Any] | None = None
+
+    def _repr_html_(self) -> str:
+        return _html.answers_html(self.choices)
 
 
 class Chunk(Answer):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -192,6 +192,145 @@ def plot(
         print(draw_curves(folder))
 
 
+Url = Annotated[str, typer.Option(envvar="EAD_URL", help="Of the server.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="EAD_API_KEY", help="If the server asks.")]
+LOCAL = "http://127.0.0.1:30000"
+Scheduled = Annotated[
+    str | None,
+    typer.Option("--annealing", help="Schedule: JSON, a preset, or a kind; none: temperature 1."),
+]
+
+
+@app.command()
+def schedule(
+    schedules: Annotated[
+        list[str] | None,
+        typer.Argument(help="JSON, a preset (recipe, paper) or a kind (cosine, ...); several."),
+    ] = None,
+    step: Annotated[list[int] | None, typer.Option(min=0, help="Training step; several.")] = None,
+    length: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens.")] = 512,
+    entropy: Annotated[
+        float, typer.Option(min=0, max=20, help="Nats, for schedules that look at it.")
+    ] = 1.0,
+    table: Annotated[bool, typer.Option("--table", help="Numbers in place of a plot.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A .png or .svg file.")] = None,
+) -> None:
+    """Show temperatures by token, of one schedule or of several to compare.
+
+    Example: ead schedule paper cosine --step 0 --step 400 --length 1024
+    """
+    from ead_server import show_schedule
+
+    if out is not None and out.suffix not in (".png", ".svg"):
+        raise SystemExit(f"ead: --out: must end in .png or .svg, got {out}")
+    with _said_plainly():
+        found = show_schedule.curves(schedules or ["recipe"], step or [0], length, entropy)
+        show_schedule.show(found, as_table=table, as_json=as_json, out=out)
+
+
+@app.command()
+def chat(
+    question: Annotated[str | None, typer.Argument(help="None: type as many as you like.")] = None,
+    annealing: Scheduled = "paper",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    by: Annotated[str, typer.Option(help="Colour: temperature, entropy or surprise.")] = (
+        "temperature"
+    ),
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+) -> None:
+    """Chat with a server; every token comes in the colour of its temperature.
+
+    Example: ead chat "Why is the sea salty?" --annealing paper --by entropy
+    """
+    from ead_client import Client
+    from ead_server.chat import COLUMNS
+    from ead_server.chat import chat as talk
+
+    if by not in COLUMNS:
+        raise SystemExit(f"ead: --by: must be one of {', '.join(COLUMNS)}, got {by!r}")
+    with _said_plainly(), Client(url, api_key=api_key) as client:
+        asked = _schedule(annealing)
+        talk(client, question, annealing=asked, system=system, max_tokens=max_tokens, by=by)
+
+
+@app.command()
+def rollout(
+    prompts: Annotated[Path, typer.Argument(help="Lines of text (.txt), or of JSON (.jsonl).")],
+    out: Annotated[
+        Path, typer.Option(help="A .jsonl file, or a folder for safetensors files.")
+    ] = Path("rollouts.jsonl"),
+    n: Annotated[int, typer.Option("-n", min=1, help="Answers to each prompt.")] = 1,
+    annealing: Scheduled = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    sampling: Annotated[
+        str, typer.Option(help='JSON of SGLang\'s sampling parameters, as {"top_p": 0.9}.')
+    ] = "{}",
+    entropies: Annotated[bool, typer.Option("--entropies", help="Of every token too.")] = False,
+    per_call: Annotated[int, typer.Option(min=1, help="Prompts in one request.")] = 64,
+    url: Annotated[
+        list[str] | None, typer.Option(envvar="EAD_URL", help="Of the server, or of several.")
+    ] = None,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Counts as JSON on stdout.")] = False,
+) -> None:
+    """Have a file of prompts answered. The same call again goes on where it was stopped.
+
+    Example: ead rollout prompts.txt -n 8 --annealing paper --out answers.jsonl
+    """
+    import json
+
+    from ead_client import Client
+    from ead_server import rollout_files
+
+    with _said_plainly(), Client(url or LOCAL, api_key=api_key) as client:
+        try:
+            params = json.loads(sampling)
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"ead: --sampling: is not valid JSON ({error})") from None
+        if not isinstance(params, dict):
+            raise SystemExit(f"ead: --sampling: must be an object, got {sampling}")
+        params["max_new_tokens"] = max_new_tokens
+        asked = rollout_files.Asked(n, _schedule(annealing), entropies, params)
+        counts = rollout_files.collect(
+            client, rollout_files.read_prompts(prompts), asked, out, per_call=per_call
+        )
+    if as_json:
+        print(json.dumps({**counts, "out": str(out)}))
+    else:
+        print(f"{counts['prompts'] - counts['failed']} of {counts['prompts']} prompts in {out}")
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers at once.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Beside one to warm up.")] = 5,
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure what annealing costs on a server that runs.
+
+    Example: ead bench --batch 4 --tokens 8 --rounds 1 --json
+    """
+    from ead_client import Client
+    from ead_server.bench import bench as measure
+
+    with _said_plainly(), Client(url, api_key=api_key) as client:
+        measure(client, batch=batch, tokens=tokens, rounds=rounds, as_json=as_json)
+
+
+def _schedule(text: str | None) -> dict[str, Any] | None:
+    from ead_server.show_schedule import parsed
+
+    return None if text is None else parsed(text)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -218,6 +357,26 @@ def pull(
 
     with _said_plainly():
         print(library.pull(name))
+
+
+@models.command("list")
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Say which models are embedded, and where those are that were fetched.
+
+    Example: ead models list --json
+    """
+    import json
+
+    from ead_server import models as library
+
+    found = {name: library.pulled(name) for name in library.SOURCES}
+    if as_json:
+        print(json.dumps({name: path and str(path) for name, path in found.items()}))
+        return
+    for name, path in found.items():
+        print(f"{name}  {path or 'not fetched yet: ead models pull ' + name}")
 
 
 @contextmanager

@@ -45,13 +45,15 @@ from ead_server.settings import Settings
 from ead_server.weight_files import WeightsRefused, files_of, tensors_in
 from ead_server.weights import served_weights
 
-OPEN = ("/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/ping")
+PAGE = "/annealing"  # says nothing that is not in this repository
+OPEN = (PAGE, "/health", "/health_generate", "/health/live", "/health/ready", "/ready", "/ping")
 ADMIN_ROUTES = {  # besides those that SGLang marks as such
     ("PUT", "/v1/annealing"),
     ("PUT", "/v1/annealing/step"),
     *((method, f"/{what}_session") for method in ("GET", "POST") for what in ("open", "close")),
 }
-STREAMED = ("/v1/weights/tensors",)  # bodies that are worked on as they come, whatever their size
+# bodies that are worked on as they come, whatever their size
+STREAMED = ("/v1/weights/tensors", "/v1/weights/adapters")
 # They carry pickled data, which this server does not unpack, whoever sends it.
 PICKLED = (
     "/update_weights_from_tensor",

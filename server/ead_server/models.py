@@ -140,6 +140,12 @@ def _convert_here(gguf: Path, folder: Path) -> None:
         written.chmod(0o644)  # safetensors writes 0600; images are built by root, run by others
 
 
+def pulled(name: str) -> Path | None:
+    """The folder of an embedded model, if it was fetched."""
+    target = cache_folder() / SOURCES[name].folder
+    return target if _is_made_from(SOURCES[name], target) else None
+
+
 def pull_source(
     source: Source,
     cache: Path,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -23,7 +24,7 @@ from ead_server.admission import LimitExceeded, check_range
 from ead_server.asgi import all_routes, off_loop, route_of
 from ead_server.errors import openai_error
 from ead_server.first_mistake import stop_at_first_mistake
-from ead_server.guard import sglang_admin_paths
+from ead_server.guard import PAGE, sglang_admin_paths
 from ead_server.openapi import complete
 from ead_server.rollouts import Engine, Group, Job, KeptJobs, RolloutRequest, plan, until_gone
 from ead_server.routing import OpenAIErrorsRoute, refused_values
@@ -158,6 +159,19 @@ def read_preview(
     told = {str(s): curve for s, curve in curves.items()}
     content = packing.dumps({"annealing": schedule.model_dump(), "temperatures": told})
     return Response(content, media_type=packing.JSON)
+
+
+_PAGE = (Path(__file__).parent / "page.html").read_bytes()
+_ONLY_ITSELF = "default-src 'none'; connect-src 'self'; " + " ".join(
+    f"{kind}-src 'unsafe-inline';" for kind in ("script", "style")
+)
+
+
+@router.get(PAGE, response_class=HTMLResponse)
+async def read_page() -> Response:
+    """A page for people: draw a schedule, and watch answers come in its colours."""
+    headers = {"content-security-policy": _ONLY_ITSELF, "x-frame-options": "DENY"}
+    return HTMLResponse(_PAGE, headers=headers)
 
 
 # --- rollouts ----------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Answers in a notebook: each token on the colour of its temperature, its numbers on hover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ead_client._types import Choice, Rollout
+
+_MOST = 4096  # tokens that are shown
+
+
+def colour(temperature: float) -> str:
+    """Blue at 0 to red at 1.2 and above; translucent, for text of either colour."""
+    heat = min(max(temperature / 1.2, 0.0), 1.0)
+    return f"rgba({60 + 195 * heat:.0f},{110 - 30 * heat:.0f},{255 - 195 * heat:.0f},0.35)"
+
+
+def answers_html(choices: Sequence[Choice]) -> str:
+    """One paragraph per answer."""
+    return "".join(choice_html(choice) for choice in choices)
+
+
+def choice_html(choice: Choice) -> str:
+    """The text, token by token where the answer has its tokens' texts, and how it ended."""
+    head = f"<b>{choice.index}</b> {escape(choice.finish_reason or '')}"
+    if choice.error is not None:
+        body = f"<i>{escape(str(choice.error.get('message')))}</i>"
+    elif choice.rollout is None:
+        body = escape(choice.text)
+    elif choice.tokens is not None and len(choice.tokens) == len(choice.rollout):
+        body = rollout_html(choice.rollout, choice.tokens)
+    else:
+        body = f"{escape(choice.text)}<br><small>{rollout_html(choice.rollout)}</small>"
+    style = "white-space:pre-wrap;overflow-wrap:anywhere"
+    return f'<div style="{style}"><small>{head}</small><br>{body}</div>'
+
+
+def rollout_html(rollout: Rollout, tokens: Sequence[str] | None = None) -> str:
+    """Tokens, or, without their texts, token ids."""
+    shown = [str(i) + " " for i in rollout.token_ids] if tokens is None else tokens
+    spans = []
+    for t, text in enumerate(shown[:_MOST]):
+        said = [
+            f"t = {t}, token {rollout.token_ids[t]}",
+            f"temperature {rollout.temperatures[t]:.4g}",
+            f"log mu {rollout.logprobs[t]:.4g}",
+            f"log pi {rollout.model_logprobs[t]:.4g}",
+        ]
+        if rollout.entropies is not None:
+            said.append(f"entropy {rollout.entropies[t]:.4g}")
+        background = colour(float(rollout.temperatures[t]))
+        title = escape("\n".join(said))
+        spans.append(f'<span title="{title}" style="background:{background}">{escape(text)}</span>')
+    more = len(shown) - _MOST
+    return "".join(spans) + (f" ... and {more:,} more" if more > 0 else "")
