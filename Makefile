@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SGLANG := sglang==0.5.23
-COMPARED := trl==1.16.0 verl==0.9.1
+# trl, verl: functions that tests compare ours with; docker-compose: the compose specification
+READ_BY_TESTS := trl==1.16.0 verl==0.9.1 docker-compose==1.29.2
 PIP := $(BIN)/pip --disable-pip-version-check install
 
 .PHONY: help venv demo test check format soak bench learn clean
@@ -24,9 +25,9 @@ venv: .venv/.ready ## everything into .venv (once)
 	  echo "==> 3/4 what SGLang needs on a CPU" && $(PIP) -r requirements-cpu.txt && \
 	  echo "==> 4/4 this project" && $(PIP) -e '.[trainer,dev]'; \
 	fi
-	@echo "==> wheels whose functions tests compare ours with (3 MB, not installed)" && \
+	@echo "==> wheels that tests read (3 MB, not installed)" && \
 	  rm -rf .venv/wheels && \
-	  $(BIN)/pip --disable-pip-version-check download -q --no-deps -d .venv/wheels $(COMPARED)
+	  $(BIN)/pip --disable-pip-version-check download -q --no-deps -d .venv/wheels $(READ_BY_TESTS)
 	@touch $@
 
 demo: venv ## serve, chat, train, and one picture of it

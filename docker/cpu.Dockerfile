@@ -9,7 +9,7 @@ RUN make venv
 FROM python:3.11-slim
 # torch compiles a few of SGLang's functions when they are first called
 RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-dev libnuma1 \
-    && rm -rf /var/lib/apt/lists/* && useradd --create-home ead && mkdir /models && chown ead /models
+    && rm -rf /var/lib/apt/lists/* && useradd --create-home ead && mkdir /models /runs && chown ead /models /runs
 COPY --from=build --chown=ead /app /app
 USER ead
 WORKDIR /app

@@ -1,9 +1,18 @@
-# The server on SGLang's own image, which already holds SGLang and its CUDA packages.
-FROM lmsysorg/sglang:v0.5.23
+# The server and the trainer on SGLang's own image, which already holds SGLang, torch and CUDA.
+FROM python:3.11-slim AS build
 WORKDIR /app
 COPY . .
-RUN pip install --no-deps . && pip install typer rich httpx numpy pydantic gguf accelerate
-RUN useradd --create-home ead && mkdir -p /models && chown ead /models
+RUN pip wheel --no-deps -w /wheels .
+
+FROM lmsysorg/sglang:v0.5.23
+COPY --from=build /wheels /wheels
+# the second line: what the conversion of the embedded model needs
+RUN pip install "$(ls /wheels/ead-*.whl)[trainer]" \
+    && pip install gguf accelerate && rm -r /wheels
+WORKDIR /app
+COPY docker/with-keys.sh docker/with-keys.sh
+COPY examples examples
+RUN useradd --create-home ead && mkdir -p /models /runs && chown ead /models /runs
 USER ead
 ENV EAD_CACHE=/models
 EXPOSE 30000

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx
+import jsonschema
 import pytest
 import yaml
 
+from ead_client import Client, RequestRefused
 from ead_sampler.plugin import SUPPORTED_SGLANG
 from ead_server.process import ServerProcess
 
@@ -23,27 +28,103 @@ def services() -> dict[str, Any]:
     return services
 
 
-def test_every_service_builds_from_a_file_that_is_there(services: dict[str, Any]) -> None:
-    assert {profile for service in services.values() for profile in service["profiles"]} == {
-        "cpu",
-        "gpu",
-    }
-    for service in services.values():
+@pytest.fixture(scope="module")
+def built(services: dict[str, Any]) -> dict[str, Any]:
+    """The services that are ours."""
+    return {name: service for name, service in services.items() if "build" in service}
+
+
+def test_the_file_is_what_the_compose_specification_says() -> None:
+    (wheel,) = (Path(sys.prefix) / "wheels").glob("docker_compose-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        schema = json.loads(archive.read("compose/config/compose_spec.json"))
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    # newer than the schema that this wheel brings
+    assert compose.pop("name") == "ead"
+    jsonschema.validate(compose, schema, jsonschema.Draft7Validator)
+    compose["services"]["grafana"]["no_such_key"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(compose, schema, jsonschema.Draft7Validator)
+
+
+def test_every_service_builds_from_a_file_that_is_there(built: dict[str, Any]) -> None:
+    profiles = {profile for service in built.values() for profile in service["profiles"]}
+    assert profiles == {"cpu", "gpu", "train-cpu", "train-gpu"}
+    for service in built.values():
         dockerfile = (ROOT / service["build"]["dockerfile"]).read_text()
         assert "\nUSER ead\n" in dockerfile
         for target in re.findall(r"^RUN make (\w+)$", dockerfile, re.MULTILINE):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for source in re.findall(r"^COPY (?!--)(\S+) ", dockerfile, re.MULTILINE):
+            assert (ROOT / source).exists()
+
+
+def test_what_is_mounted_is_there(services: dict[str, Any]) -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert (
+                (ROOT / source).exists()
+                if source.startswith(".")
+                else source in (compose["volumes"])
+            )
+    for secret in compose["secrets"].values():
+        file = re.fullmatch(r"\$\{EAD_\w+_FILE:-(.*)\}", secret["file"])
+        assert file is not None
+        assert (ROOT / file[1]).read_bytes() == b""  # no key is the default, and none is in git
 
 
 def test_ports_are_on_loopback_alone(services: dict[str, Any]) -> None:
-    for service in services.values():
-        assert service["ports"] == ["127.0.0.1:30000:30000"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert set(ports) == {f"127.0.0.1:{port}:{port}" for port in (3000, 9090, 30000)}
+
+
+def test_the_command_gets_the_keys_that_there_are(built: dict[str, Any], tmp_path: Path) -> None:
+    for service in built.values():
+        shell, script, command = service["entrypoint"][0], *service["entrypoint"][1:]
+        assert (shell, script) == ("/bin/sh", "/app/docker/with-keys.sh")
+        assert command.startswith("ead ")
+    (tmp_path / "api_key").write_text("secret")
+    (tmp_path / "admin_api_key").touch()
+    told = subprocess.run(
+        ["/bin/sh", str(ROOT / "docker" / "with-keys.sh"), "echo $EXTRA $EAD_API_KEY_FILE; env"],
+        env={"SECRETS": str(tmp_path), "EXTRA": "--tp 2", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert told.startswith(f"--tp 2 {tmp_path}/api_key")
+    assert "EAD_ADMIN_API_KEY_FILE" not in told
+
+
+def test_the_dashboard_shows_what_the_server_tells(
+    services: dict[str, Any], server: ServerProcess, client: Client
+) -> None:
+    client.rollouts(["def "], annealing={}, entropies=True, max_new_tokens=4, ignore_eos=True)
+    with pytest.raises(RequestRefused):
+        client.complete("x", annealing={"tau_max": 99})
+    told = httpx.get(f"{server.url}/metrics", timeout=30).text
+    board = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "ead.json").read_text())
+    asked = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b(?:ead_|sglang:)\w+", target["expr"])
+    }
+    assert len(asked) >= 10
+    for name in asked:
+        assert re.search(rf"^{name}[{{ ]", told, re.MULTILINE), name
+    scraped = yaml.safe_load((ROOT / "docker" / "prometheus.yml").read_text())
+    (job,) = scraped["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["server:30000"]}]
+    for name in ("server-cpu", "server-gpu"):
+        assert services[name]["networks"]["default"]["aliases"] == ["server"]
 
 
 def test_the_health_check_passes_on_a_live_server_and_fails_on_none(
-    services: dict[str, Any], server: ServerProcess
+    built: dict[str, Any], server: ServerProcess
 ) -> None:
-    for service in services.values():
+    for service in (built["server-cpu"], built["server-gpu"]):
         kind, program, *arguments = service["healthcheck"]["test"]
         assert (kind, program) == ("CMD", "python3")
         live = [sys.executable, *(a.replace("30000", str(server.port)) for a in arguments)]

@@ -26,7 +26,8 @@ from trainer_bridge.weights import SyncConfig
 
 
 class ServerConfig(Settings):
-    """The server that samples. Its keys come from EAD_API_KEY and EAD_ADMIN_API_KEY."""
+    """The server that samples. Its keys come from EAD_API_KEY and EAD_ADMIN_API_KEY, or from the
+    files that EAD_API_KEY_FILE and EAD_ADMIN_API_KEY_FILE name."""
 
     url: str | None = Field(None, description="none: `ead train` starts one and stops it again")
     arguments: list[str] = Field([], description="of SGLang, for a server started here")

@@ -106,11 +106,10 @@ def serve(
 
 
 def _key(value: str | None, file: Path | None) -> str | None:
-    """A secret given in the environment or on the command line, or in a file."""
-    if value or file is None:
-        return value or None  # an empty variable is none
+    from ead_server.settings import read_key
+
     try:
-        return file.read_text().strip()
+        return read_key(value, file)
     except OSError as error:
         raise SystemExit(f"ead: cannot read {file}: {error.strerror}") from None
 

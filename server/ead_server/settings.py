@@ -40,6 +40,13 @@ class Settings(BaseModel):
         os.environ[_VARIABLE] = self.model_dump_json()
 
 
+def read_key(value: str | None, file: str | Path | None) -> str | None:
+    """A secret that was given itself, or in a file. Raises OSError."""
+    if value or not file:
+        return value or None  # an empty variable is none
+    return Path(file).read_text().strip()
+
+
 def current() -> Settings | None:
     """This server's settings; None when it was not started by `ead serve`."""
     return _parsed(os.environ.get(_VARIABLE))

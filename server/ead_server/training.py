@@ -19,7 +19,9 @@ from ead_client import Client, ConnectionFailed
 from ead_sampler import device
 from ead_server import models
 from ead_server.process import ServerProcess
+from ead_server.settings import read_key
 from trainer_bridge.config import ServerConfig, TrainConfig, read_config
+from trainer_bridge.errors import BadConfig
 from trainer_bridge.evaluate import evaluate
 from trainer_bridge.loop import train
 from trainer_bridge.report import Display
@@ -64,9 +66,7 @@ def server_for(
     """
     if config.url is not None:
         with Client(
-            config.url,
-            api_key=os.environ.get("EAD_API_KEY"),
-            admin_api_key=os.environ.get("EAD_ADMIN_API_KEY"),
+            config.url, api_key=_key("EAD_API_KEY"), admin_api_key=_key("EAD_ADMIN_API_KEY")
         ) as client:
             server = WaitedFor(client, config.patience_s)
             server.wait_until_ready()
@@ -80,6 +80,14 @@ def server_for(
         process.wait_until_ready(config.patience_s)
         with Client(process.url, admin_api_key=process.admin_api_key) as client:
             yield WaitedFor(client, config.patience_s)
+
+
+def _key(variable: str) -> str | None:
+    file = os.environ.get(f"{variable}_FILE")
+    try:
+        return read_key(os.environ.get(variable), file)
+    except OSError as error:
+        raise BadConfig(f"{variable}_FILE: cannot read {file}: {error.strerror}") from None
 
 
 def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
