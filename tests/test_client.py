@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -522,3 +523,67 @@ def test_a_deadline_ends_a_stream_between_its_pieces(monkeypatch: pytest.MonkeyP
         now = 11.0
         with pytest.raises(TimedOut):
             next(chunks)
+
+
+# --- in notebooks, on terminals, in torch --------------------------------------------------------
+
+
+def with_tokens() -> ead_client.Answer:
+    content = [{"token": text, "logprob": -1.0} for text in ("<b>", "\n")]
+    rollout = {**ROLLOUT, "entropies": [0.5, 2.0], "finish_reason": "stop"}
+    return ead_client.Answer.model_validate(answer(logprobs={"content": content}, rollout=rollout))
+
+
+def test_a_notebook_shows_tokens_in_colours_and_numbers_on_hover() -> None:
+    html = with_tokens()._repr_html_()
+    spans = re.findall(r'<span title="([^"]*)" style="background:([^"]*)">([^<]*)</span>', html)
+    assert [text for _, _, text in spans] == ["&lt;b&gt;", "\n"]  # nothing of it is markup
+    assert spans[0][0].splitlines() == [
+        "t = 0, token 5",
+        "temperature 1",
+        "log mu -1",
+        "log pi -1",
+        "entropy 0.5",
+    ]
+    assert spans[0][1] != spans[1][1]
+    # without the tokens' texts: the text, and the ids
+    plain = ead_client.Answer.model_validate(answer(rollout=ROLLOUT))._repr_html_()
+    assert "ok<br>" in plain
+    assert ">5 </span>" in plain
+    failed = ead_client.Choice(index=0, text="", error={"message": "<too long>"})
+    assert "&lt;too long&gt;" in failed._repr_html_()
+
+
+def test_a_long_answer_does_not_fill_the_notebook() -> None:
+    many = 5000
+    columns = {name: [0.5] * many for name in ("temperatures", "logprobs", "model_logprobs")}
+    rollout = ead_client.Rollout.model_validate({"token_ids": [1] * many, **columns})
+    html = rollout._repr_html_()
+    assert html.count("<span") == 4096
+    assert html.endswith("and 904 more")
+
+
+def test_a_rollout_is_told_in_a_line() -> None:
+    rollout = with_tokens().choices[0].rollout
+    assert repr(rollout) == (
+        "Rollout(tokens=2, temperatures=1 to 0.5, logprob=-1.5, model_logprob=-2, "
+        "finish_reason=stop)"
+    )
+    assert dict(rollout.__rich_repr__())["tokens"] == 2  # type: ignore[union-attr]
+
+
+def test_columns_become_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    rollout = with_tokens().choices[0].rollout
+    assert rollout is not None
+    tensors = rollout.to_torch()
+    assert set(tensors) == {
+        *("token_ids", "temperatures", "logprobs", "model_logprobs", "entropies"),
+        "prompt_token_ids",
+    }
+    assert tensors["token_ids"].dtype == torch.int64
+    assert tensors["temperatures"].dtype == torch.float32
+    assert tensors["entropies"].tolist() == [0.5, 2.0]
+    rollout.temperatures.flags.writeable = False  # as a view of bytes
+    rollout.to_torch()["temperatures"][0] = 9
+    assert rollout.temperatures[0] == 1
