@@ -6,7 +6,7 @@ SGLANG := sglang==0.5.23
 READ_BY_TESTS := trl==1.16.0 verl==0.9.1 docker-compose==1.29.2
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test check format soak bench learn clean
+.PHONY: help venv demo test check format soak bench learn docs clean
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
@@ -53,6 +53,13 @@ bench: venv ## the whole server's speed against plain SGLang
 
 learn: venv ## GRPO on a small task, with EAD and without: does the reward rise?
 	@$(BIN)/python -m benchmarks.learn
+
+docs: venv ## the documentation into site/, its curves made first
+	@mkdir -p docs/img
+	@$(BIN)/ead schedule paper --step 0 --step 10 --step 40 --length 400 --out docs/img/ead.svg
+	@$(BIN)/ead schedule recipe paper --length 1000 --out docs/img/presets.svg
+	@$(BIN)/ead schedule paper reverse linear cosine two_stage --step 10 --out docs/img/kinds.svg
+	@$(BIN)/mkdocs build --quiet --strict
 
 clean: ## remove .venv
 	rm -rf .venv
