@@ -1,6 +1,6 @@
 """What answers cost over HTTP: requests per second, bytes per token, time to read them.
 
-Ours against plain SGLang, a tiny random model on both.
+Ours against plain SGLang, the same model on both; without --model a tiny random one.
 
     load         many connections at once to /v1/completions, whole answers and streams, all with
                  SGLang's log-probabilities; with `annealing` also the temperatures and both
@@ -48,7 +48,7 @@ from rich.table import Table
 from benchmarks.bodies import ANSWERS, PROMPT, Bodies, big_case, milliseconds, read_native, recorded
 from ead_client._rollouts import unpack
 from ead_sampler import device
-from ead_server import packing
+from ead_server import models, packing
 from ead_server.launch import with_defaults
 from ead_server.process import ServerProcess
 
@@ -187,6 +187,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--model", help="embedded name, folder or hub name; none: a tiny one, all overhead"
+    )
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--requests", type=int, default=96, help="of one run under load")
     parser.add_argument("--tokens", type=int, default=32, help="per answer under load")
@@ -199,9 +202,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tests = Path(__file__).parents[1] / "tests"
         make_tiny_model = runpy.run_path(str(tests / "tiny.py"))["make_tiny_model"]
-        model = make_tiny_model(Path(folder) / "model")
-        arguments = with_defaults(["--model-path", str(model)], cpu=device.is_cpu())
-        arguments += ["--dtype", "float32", "--max-total-tokens", "65536"]
+        tiny = ["--model-path", str(make_tiny_model(Path(folder) / "model")), "--dtype", "float32"]
+        model = ["--model-path", models.resolve(options.model)] if options.model else tiny
+        arguments = with_defaults([*model, "--max-total-tokens", "65536"], cpu=device.is_cpu())
         plain = ServerProcess(
             arguments,
             Path(folder) / "plain.log",
