@@ -1,6 +1,7 @@
-"""What a sync of the weights costs: seconds by phase and bytes, each of the three ways.
+"""What a sync of the weights costs: seconds by phase and bytes, each way.
 
     tensors      safetensors over HTTP
+    adapters     the same, of LoRA's factors alone, which the server merges
     distributed  broadcasts (gloo here, without a GPU)
     disk         a folder
 
@@ -103,13 +104,15 @@ def report(syncs: list[Sync], *, as_json: bool) -> None:
         ratios = {f"{d}, {w}": ratio(syncs, d, w) for d in DTYPES for w in WAYS if w != "tensors"}
         print(json.dumps({"ratios": ratios, "syncs": [sync._asdict() for sync in syncs]}))
         return
-    table = Table("served", "way", "MB", *PHASES, "first", title="seconds: median (min to max)")
+    table = Table("served", "way", "MB", *PHASES, "first", title="seconds, medians (min to max)")
     for dtype in DTYPES:
         for way in WAYS:
             found = [sync for sync in syncs if (sync.dtype, sync.way) == (dtype, way)]
             later = [sync.seconds for sync in found if not sync.first]
             (first,) = (sync.seconds["total"] for sync in found if sync.first)
-            cells = [spread([s[phase] for s in later if phase in s]) for phase in PHASES]
+            by_phase = {phase: [s[phase] for s in later if phase in s] for phase in PHASES}
+            cells = [f"{statistics.median(v):.2f}" if v else "" for v in by_phase.values()]
+            cells[-2:] = [spread(by_phase[phase]) for phase in PHASES[-2:]]
             table.add_row(dtype, way, f"{found[0].num_bytes / 1e6:.0f}", *cells, f"{first:.2f}")
     Console().print(table)
 
@@ -125,8 +128,6 @@ def ratio(syncs: list[Sync], dtype: str, way: str) -> float:
 
 
 def spread(values: list[float]) -> str:
-    if not values:
-        return ""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
