@@ -26,7 +26,15 @@ def test_what_is_printed_runs(
 ) -> None:
     kinds = dict(REGISTRY)
     try:
-        exec(compile(block.replace("http://127.0.0.1:30000", server.url), "docs", "exec"), {})
+        exec(
+            compile(
+                block.replace("http://127.0.0.1:30000", server.url),
+                "docs",
+                "exec",
+                dont_inherit=True,
+            ),
+            {},
+        )
     finally:
         REGISTRY.clear()
         REGISTRY.update(kinds)

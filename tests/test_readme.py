@@ -21,7 +21,15 @@ def test_there_is_something_to_run() -> None:
 def test_the_readme_runs(
     block: str, server: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(compile(block.replace("http://127.0.0.1:30000", server.url), "README.md", "exec"), {})
+    exec(
+        compile(
+            block.replace("http://127.0.0.1:30000", server.url),
+            "README.md",
+            "exec",
+            dont_inherit=True,
+        ),
+        {},
+    )
     if "print(" in block:
         # the temperature of the first tokens, as Python or numpy prints it
         assert re.search(r"(?<![-.\d])1\.(0\s|\s)", capsys.readouterr().out)

@@ -113,7 +113,7 @@ def _coloured(chunk: Chunk, by: str) -> Iterator[tuple[str, float]]:
     """The chunk's text, by token where it has them, with what each is coloured by."""
     for choice in chunk.choices:
         rollout = choice.rollout
-        if rollout is None or choice.tokens is None or len(choice.tokens) != len(rollout):
+        if rollout is None or not choice.tokens or not len(rollout):
             if choice.text:
                 yield choice.text, 0.0
             continue
@@ -124,11 +124,12 @@ def _coloured(chunk: Chunk, by: str) -> Iterator[tuple[str, float]]:
         }
         column = columns[by]
         assert column is not None
-        # the text leaves out what ends an answer, which is a token like others
+        # The text leaves out what ends an answer, which is a token like others; and the first of
+        # several tokens that make one character have no text.
         left = choice.text
-        for token, value in zip(choice.tokens, column, strict=True):
+        for token, value in zip(choice.tokens, column[-len(choice.tokens) :], strict=True):
             if left.startswith(token):
                 left = left[len(token) :]
                 yield token, float(value)
         if left:
-            yield left, float(column[-1]) if len(column) else 0.0
+            yield left, float(column[-1])
