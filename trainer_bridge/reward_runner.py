@@ -1,4 +1,8 @@
-"""Runs a reward function in worker processes, next to everything else that a trainer does."""
+"""Runs a reward function in worker processes, next to everything else that a trainer does.
+
+(Pebble's pool has the timeouts and survives crashes too; but a worker that is busy goes on for ever
+when the trainer is killed, and so does what a worker started when that worker is ended.)
+"""
 
 from __future__ import annotations
 

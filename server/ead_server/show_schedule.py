@@ -74,9 +74,9 @@ def show(found: Curves, *, as_table: bool, as_json: bool, out: Path | None) -> N
 def _table(found: Curves) -> Table:
     """At tokens that are about as far apart as they are from the first."""
     length = max(map(len, found.values()))
-    shown = sorted({t for e in range(8) for m in (1, 2, 5) if (t := m * 10**e) < length} | {0})
+    round_ = {m * 10**e for e in range(7) for m in (1, 2, 5)}
     table = Table("t", *found)
-    for t in (*shown, length - 1):
+    for t in sorted({t for t in round_ if t < length} | {0, length - 1}):
         table.add_row(str(t), *(f"{taus[t]:.3f}" for taus in found.values()))
     return table
 
