@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,25 +65,36 @@ def test_schedules_survive_retraction_chunks_and_several_workers(
         assert answer.choices[0].rollout is not None
         return answer.choices[0].rollout
 
-    with ThreadPoolExecutor(18) as pool:
-        rollouts = list(pool.map(one, range(18)))
-    for index, rollout in enumerate(rollouts):
-        want = expected_temperatures(schedules[index % 3], 40 + index)
-        assert len(rollout) == len(want)
-        assert np.abs(rollout.temperatures - want).max() < 1e-6
-        check_against_reference(rollout, reference)
+    def all_at_once() -> None:
+        with ThreadPoolExecutor(18) as pool:
+            rollouts = list(pool.map(one, range(18)))
+        for index, rollout in enumerate(rollouts):
+            want = expected_temperatures(schedules[index % 3], 40 + index)
+            assert len(rollout) == len(want)
+            assert np.abs(rollout.temperatures - want).max() < 1e-6
+            check_against_reference(rollout, reference)
 
-    assert retractions(restless) > 3  # or this test has shown less than it says
+    until_retracted(restless, all_at_once, times=4)
 
 
 def test_clocks_and_thresholds_survive_retraction_too(
     restless: ServerProcess, reference: Reference
 ) -> None:
     """Kinds with state are prefilled again from what the host last saw of it."""
-    before = retractions(restless)
-    check_all_kinds(restless, reference, 3 * len(SCHEDULES))
-    # SGLang has learned from the retractions of before, and lets in fewer
-    assert retractions(restless) > before
+    until_retracted(
+        restless, lambda: check_all_kinds(restless, reference, 2 * len(SCHEDULES)), times=1
+    )
+
+
+def until_retracted(server: ServerProcess, work: Callable[[], None], times: int) -> None:
+    """Do the work again until requests were retracted in it so often: how many SGLang lets in is a
+    matter of timing, and it learns from retractions."""
+    before = retractions(server)
+    for _ in range(10):
+        work()
+        if retractions(server) >= before + times:
+            return
+    pytest.fail("the work was done, without retractions: this has shown less than it says")
 
 
 def retractions(server: ServerProcess) -> int:
