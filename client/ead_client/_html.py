@@ -12,10 +12,15 @@ if TYPE_CHECKING:
 _MOST = 4096  # tokens that are shown
 
 
+def heat(share: float) -> tuple[int, int, int]:
+    """Red, green and blue, from blue (0) to red (1)."""
+    share = min(max(share, 0.0), 1.0)
+    return round(60 + 195 * share), round(110 - 30 * share), round(255 - 195 * share)
+
+
 def colour(temperature: float) -> str:
-    """Blue at 0 to red at 1.2 and above; translucent, for text of either colour."""
-    heat = min(max(temperature / 1.2, 0.0), 1.0)
-    return f"rgba({60 + 195 * heat:.0f},{110 - 30 * heat:.0f},{255 - 195 * heat:.0f},0.35)"
+    """Full red at 1.2 and above; translucent, for text of either colour."""
+    return "rgba({},{},{},0.35)".format(*heat(temperature / 1.2))
 
 
 def answers_html(choices: Sequence[Choice]) -> str:

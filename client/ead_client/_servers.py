@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -29,8 +29,7 @@ class _Server:
 
     def request(self, request: httpx.Request) -> httpx.Request:
         """The same request, to this server. Its body is kept, not read."""
-        path = self.url.raw_path.rstrip(b"/") + request.url.raw_path
-        url = self.url.copy_with(raw_path=path)
+        url = self._below(request.url.raw_path)
         others = [(k, v) for k, v in request.headers.raw if k.lower() != b"host"]
         return httpx.Request(
             request.method,
@@ -42,10 +41,12 @@ class _Server:
 
     @property
     def probe(self) -> httpx.Request:
-        path = self.url.raw_path.rstrip(b"/") + b"/health/ready"
         timeout = httpx.Timeout(_PROBE_TIMEOUT_S).as_dict()
-        url = self.url.copy_with(raw_path=path)
+        url = self._below(b"/health/ready")
         return httpx.Request("GET", url, extensions={"timeout": timeout})
+
+    def _below(self, path: bytes) -> httpx.URL:
+        return self.url.copy_with(raw_path=self.url.raw_path.rstrip(b"/") + path)
 
 
 class _Servers:
@@ -69,13 +70,18 @@ class _Servers:
         turn.sort(key=lambda s: (s.back_at > now, s.calls if key is None else 0))
         return zip(turn, [False] * (count - 1) + [True], strict=True)
 
-    def begin(self, server: _Server) -> None:
+    def begin(self, server: _Server) -> Callable[[], None]:
+        """Count a call. What is returned ends it; to call that again does nothing."""
         with self._lock:
             server.calls += 1
+        open_calls = [server]
 
-    def end(self, server: _Server) -> None:
-        with self._lock:
-            server.calls -= 1
+        def end() -> None:
+            with self._lock:
+                if open_calls:
+                    open_calls.pop().calls -= 1
+
+        return end
 
     @staticmethod
     def is_taken(server: _Server, found: httpx.Response | BaseException) -> bool:
@@ -106,16 +112,16 @@ class BalancedTransport(httpx.BaseTransport):
         for server, is_last in self._servers.in_order(request):
             if not is_last and not self._is_ready(server):
                 continue
-            self._servers.begin(server)
+            end = self._servers.begin(server)
             try:
                 response = self._transport.handle_request(server.request(request))
             except BaseException as error:
-                self._servers.end(server)
+                end()
                 if self._servers.is_taken(server, error) or is_last:
                     raise
                 continue
             assert isinstance(response.stream, httpx.SyncByteStream)
-            response.stream = _Counted(response.stream, self._servers, server)
+            response.stream = _Counted(response.stream, end)
             if self._servers.is_taken(server, response) or is_last or not _repeatable(request):
                 return response
             response.close()
@@ -141,17 +147,14 @@ class BalancedTransport(httpx.BaseTransport):
 class _Counted(httpx.SyncByteStream):
     """An answer's body; the call is in progress until it is closed."""
 
-    def __init__(self, stream: httpx.SyncByteStream, servers: _Servers, server: _Server) -> None:
-        self._stream, self._servers, self._server = stream, servers, server
-        self._open = True
+    def __init__(self, stream: httpx.SyncByteStream, end: Callable[[], None]) -> None:
+        self._stream, self._end = stream, end
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._stream)
 
     def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._servers.end(self._server)
+        self._end()
         self._stream.close()
 
 
@@ -168,16 +171,16 @@ class AsyncBalancedTransport(httpx.AsyncBaseTransport):
         for server, is_last in self._servers.in_order(request):
             if not is_last and not await self._is_ready(server):
                 continue
-            self._servers.begin(server)
+            end = self._servers.begin(server)
             try:
                 response = await self._transport.handle_async_request(server.request(request))
             except BaseException as error:
-                self._servers.end(server)
+                end()
                 if self._servers.is_taken(server, error) or is_last:
                     raise
                 continue
             assert isinstance(response.stream, httpx.AsyncByteStream)
-            response.stream = _AsyncCounted(response.stream, self._servers, server)
+            response.stream = _AsyncCounted(response.stream, end)
             if self._servers.is_taken(server, response) or is_last or not _repeatable(request):
                 return response
             await response.aclose()
@@ -203,16 +206,13 @@ class AsyncBalancedTransport(httpx.AsyncBaseTransport):
 class _AsyncCounted(httpx.AsyncByteStream):
     """As _Counted."""
 
-    def __init__(self, stream: httpx.AsyncByteStream, servers: _Servers, server: _Server) -> None:
-        self._stream, self._servers, self._server = stream, servers, server
-        self._open = True
+    def __init__(self, stream: httpx.AsyncByteStream, end: Callable[[], None]) -> None:
+        self._stream, self._end = stream, end
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for part in self._stream:
             yield part
 
     async def aclose(self) -> None:
-        if self._open:
-            self._open = False
-            self._servers.end(self._server)
+        self._end()
         await self._stream.aclose()

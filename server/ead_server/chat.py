@@ -10,17 +10,15 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from ead_client import Chunk, Client
+from ead_client import Chunk, Client, _html
 
 # what a token can be coloured by, and the value that is full red
 COLUMNS = {"temperature": 1.2, "entropy": 3.0, "surprise": 5.0}
 
 
 def heat(share: float) -> str:
-    """Blue (0) to red (1), readable on light and dark."""
-    share = min(max(share, 0.0), 1.0)
-    red, green, blue = 60 + 195 * share, 110 - 30 * share, 255 - 195 * share
-    return f"bold rgb({red:.0f},{green:.0f},{blue:.0f})"
+    """A style of rich: blue (0) to red (1), readable on light and dark."""
+    return "bold rgb({},{},{})".format(*_html.heat(share))
 
 
 def chat(

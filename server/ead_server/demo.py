@@ -20,6 +20,7 @@ from rich.text import Text
 
 from ead_sampler import device
 from ead_server import models
+from ead_server.chat import COLUMNS, heat
 from ead_server.process import ServerProcess
 
 QUESTION = "Tell me one surprising fact about the sea, in one sentence."
@@ -186,9 +187,7 @@ def _draw(rollouts: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _colour(temperature: float) -> str:
-    """Blue (cool) to red (hot), readable on light and dark."""
-    heat = min(max(temperature / 1.2, 0.0), 1.0)
-    return f"bold rgb({int(60 + 195 * heat)},{int(110 - 30 * heat)},{int(255 - 195 * heat)})"
+    return heat(temperature / COLUMNS["temperature"])
 
 
 @contextmanager
