@@ -210,6 +210,9 @@ class _Enriched:
         answer: Json = orjson.loads(body)
         for choice in answer.get("choices") or ():
             self.recorder.enrich(choice)
+        # OpenAI's metadata are strings, and strict clients (Pydantic AI) refuse SGLang's list of
+        # spans; every rollout has its own
+        (answer.get("metadata") or {}).pop("weight_versions", None)
         return answer
 
     def _event(self, line: bytes) -> bytes:
