@@ -24,7 +24,10 @@ from trainer_bridge.config import TrainConfig, read_config
 from trainer_bridge.loop import train
 from trainer_bridge.report import Display, read_metrics
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "products.toml"
+EXAMPLE = [
+    str(Path(__file__).parent.parent / "examples" / "products.toml"),
+    "rollout.prompts_per_step=4",
+]
 SERIAL, PIPELINED = "one after the other", "generated while updating"
 STALENESS = {SERIAL: 0, PIPELINED: 1}
 
@@ -37,7 +40,7 @@ def seconds_per_step(config: TrainConfig, folder: Path, server: object) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("settings", nargs="*", default=[str(EXAMPLE)], help="as of `ead train`")
+    parser.add_argument("settings", nargs="*", default=EXAMPLE, help="as of `ead train`")
     parser.add_argument("--steps", type=int, default=4, help="of each run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

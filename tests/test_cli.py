@@ -18,9 +18,11 @@ import pytest
 from safetensors.numpy import load_file
 from test_server import expected_temperatures
 
-from ead_client import Rollout
+from ead_client import Client, Rollout
 from ead_sampler import plugin
 from ead_server.process import ServerFailed, ServerProcess, hold_port
+
+ROOT = Path(__file__).parent.parent
 
 
 def ead(
@@ -59,7 +61,6 @@ def test_help_shows_an_example(command: str) -> None:
     assert example_of(command)
 
 
-# serve, train, eval and demo: what they run has tests of its own, their examples take minutes
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -71,18 +72,54 @@ def test_help_shows_an_example(command: str) -> None:
         ("models list", '"smollm2"'),
         ("models pull", "SmolLM2-135M-Instruct"),
         ("plot", "curves.png"),
+        # each with a server of its own, on SmolLM2
+        ("demo", "demo.png"),
+        ("train", "curves: "),
+        ("eval", '"estimates"'),
     ],
 )
 def test_the_example_runs(command: str, says: str, server: ServerProcess, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("2+3?\n\n2*3?\n")
-    run = tmp_path / "runs" / "products"
-    run.mkdir(parents=True)
-    entries = [{"step": step, "reward/mean": 0.1 * step, "time/step": 1.0} for step in range(3)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    if command == "plot":
+        run = tmp_path / "runs" / "products"
+        run.mkdir(parents=True)
+        entries = [{"step": step, "reward/mean": 0.1 * step, "time/step": 1.0} for step in range(3)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     result = ead(*example_of(command), cwd=tmp_path, EAD_URL=server.url)
     assert result.returncode == 0, result.stderr
     assert says in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_the_example_of_serve_answers(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "ead_server.cli", *example_of("serve"))
+    with ServerProcess([], tmp_path / "server.log", command=command) as server:
+        server.wait_until_ready()
+        with Client(server.url) as client:
+            assert client.complete("2+3=", annealing={}, max_tokens=4).choices[0].text
+
+
+def test_the_shell_completes_commands_and_flags() -> None:
+    def completed(*words: str) -> list[str]:
+        asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        command = [Path(sys.executable).parent / "ead"]
+        environ = {**os.environ, "_EAD_COMPLETE": "complete_bash", **asked}
+        return subprocess.run(command, capture_output=True, text=True, env=environ).stdout.split()
+
+    assert completed("ead", "sch") == ["schedule"]
+    assert completed("ead", "models", "p") == ["pull"]
+    assert completed("ead", "chat", "--ann") == ["--annealing"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_processes_that_share_the_cores_do_not_spin_unless_told(asked: dict[str, str]) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environ = {name: value for name, value in os.environ.items() if name not in names} | asked
+    code = f"import json, os, ead_server; print(json.dumps([os.environ.get(n) for n in {names}]))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    want = asked or {"GOMP_SPINCOUNT": "10000"}
+    assert json.loads(told.stdout) == [want.get(name) for name in names]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import httpx
 import jsonschema
 import pytest
 import yaml
+from conftest import TINY_FLAGS
 
 from ead_client import Client, RequestRefused
 from ead_sampler.plugin import SUPPORTED_SGLANG
@@ -95,6 +99,78 @@ def test_the_command_gets_the_keys_that_there_are(built: dict[str, Any], tmp_pat
     ).stdout
     assert told.startswith(f"--tp 2 {tmp_path}/api_key")
     assert "EAD_ADMIN_API_KEY_FILE" not in told
+
+
+def steps_of(dockerfile: str) -> list[str]:
+    """The commands of a Dockerfile, one line each."""
+    text = (ROOT / dockerfile).read_text().replace("\\\n", " ")
+    return re.findall(r"^RUN (.*)$", text, re.MULTILINE)
+
+
+def served_by(
+    service: dict[str, Any], environment: Path, app: Path, model: Path, log: Path
+) -> ServerProcess:
+    """The service's own entry point, with `environment` in place of the image's Python."""
+    *_, command = service["entrypoint"]
+    environ = {
+        "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
+        "ENTRY": command.replace("$$", "$"),
+        "EAD_ARGS": f"--model-path {model} {' '.join(TINY_FLAGS)}",
+        "SECRETS": str(app),
+        "APP": str(app),
+    }
+    start = 'cd "$APP"; EAD_ARGS="$EAD_ARGS $*" exec /bin/sh docker/with-keys.sh "$ENTRY"'
+    return ServerProcess([], log, command=("/bin/sh", "-c", start, "sh"), environ=environ)
+
+
+def test_the_cpu_image_s_steps_make_a_server(
+    services: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """`make venv` made the environment that this test runs in; the rest is the system's."""
+    ours = [step for step in steps_of("docker/cpu.Dockerfile") if not step.startswith("apt-get ")]
+    assert ours == ["make venv"]
+    with served_by(
+        services["server-cpu"], Path(sys.prefix), ROOT, tiny_model, tmp_path / "log"
+    ) as server:
+        server.wait_until_ready()
+        with Client(server.url) as client:
+            assert client.complete("x", annealing={}, max_tokens=2).choices[0].rollout
+
+
+def test_the_gpu_image_s_steps_make_a_server(
+    services: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """What is in the wheel is enough: its environment sees the packages that SGLang's image would
+    hold, and nothing of the checkout."""
+    image, wheels, app = tmp_path / "image", tmp_path / "wheels", tmp_path / "app"
+    venv.create(image, with_pip=True)
+    (site,) = (image / "lib").glob("python*/site-packages")
+    (packages,) = (Path(sys.prefix) / "lib").glob("python*/site-packages")
+    (site / "base.pth").write_text(f"{packages}\n")
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    for name in tracked:
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, app / name)
+    *ours, last = steps_of("docker/gpu.Dockerfile")
+    assert last.startswith("useradd ")
+    environ = {**os.environ, "PATH": f"{image / 'bin'}:{os.environ['PATH']}"}
+    for step in ours:
+        moved = step.replace("/wheels", str(wheels))
+        ran = subprocess.run(
+            ["/bin/sh", "-c", moved], cwd=app, env=environ, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    for name in tracked:  # what the last stage copies
+        if not name.startswith(("docker/", "examples/")):
+            (app / name).unlink()
+    code = "import ead_server, ead_sampler; print(ead_server.__file__, ead_sampler.__file__)"
+    where = subprocess.check_output([image / "bin" / "python", "-c", code], text=True, cwd=app)
+    assert where.count(str(site)) == 2
+    with served_by(services["server-gpu"], image, app, tiny_model, tmp_path / "log") as server:
+        server.wait_until_ready()
+        with Client(server.url) as client:
+            assert client.complete("x", annealing={}, max_tokens=2).choices[0].rollout
+        assert "<svg" in httpx.get(f"{server.url}/annealing", timeout=30).text
 
 
 def test_the_dashboard_shows_what_the_server_tells(

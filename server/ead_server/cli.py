@@ -67,7 +67,7 @@ def serve(
     Without --model-path it serves SmolLM2-135M-Instruct; without a GPU it runs on the CPU.
     What changes the server (weights, schedule, step, aborts) is closed without an admin key.
 
-    Example: ead serve --model-path Qwen/Qwen2.5-1.5B-Instruct --port 30000
+    Example: ead serve --model-path smollm2 --annealing '{"preset": "paper"}' --port 30000
 
     SGLang's flags: python -m sglang.launch_server --help
     """
@@ -122,7 +122,7 @@ def demo(
 ) -> None:
     """Serve, chat, train a few GRPO steps and draw what happened. Stops what it started.
 
-    Example: ead demo --steps 5
+    Example: ead demo --steps 1
     """
     from ead_server.demo import run
 
@@ -147,7 +147,7 @@ def train(
 
     Several GPUs: torchrun --nproc-per-node 8 -m ead_server.cli train config.toml
 
-    Example: ead train examples/products.toml steps=20 --folder runs/products
+    Example: ead train examples/products.toml steps=2 --folder runs/products
     """
     from ead_server import training
 
