@@ -73,7 +73,7 @@ def test_help_shows_an_example(command: str) -> None:
         ("models pull", "SmolLM2-135M-Instruct"),
         ("plot", "curves.png"),
         # each with a server of its own, on SmolLM2
-        ("demo", "demo.png"),
+        ("demo", "annealing.png"),
         ("train", "curves: "),
         ("eval", '"estimates"'),
     ],
