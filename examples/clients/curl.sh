@@ -6,7 +6,7 @@ curl --silent --show-error --fail-with-body "$OPENAI_BASE_URL/chat/completions" 
     "messages": [{"role": "user", "content": "Why is the sea salty?"}],
     "max_tokens": 24,
     "logprobs": true,
-    "annealing": {"preset": "paper", "warmup": 0}
+    "annealing": {"preset": "paper", "warmup": 0, "step": 0}
   }' |
   python3 -c '
 import json, sys

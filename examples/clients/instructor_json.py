@@ -19,7 +19,7 @@ verdict, answer = client.chat.completions.create_with_completion(
     response_model=Verdict,
     max_tokens=200,
     logprobs=True,
-    extra_body={"annealing": {"preset": "paper", "warmup": 0}},
+    extra_body={"annealing": {"preset": "paper", "warmup": 0, "step": 0}},
 )
 print(f"# {verdict!r}")
 for token in answer.choices[0].logprobs.content:

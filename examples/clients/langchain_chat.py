@@ -6,7 +6,7 @@ model = ChatOpenAI(
     model="smollm2",
     max_tokens=24,
     logprobs=True,
-    extra_body={"annealing": {"preset": "paper", "warmup": 0}},
+    extra_body={"annealing": {"preset": "paper", "warmup": 0, "step": 0}},
 )
 message = model.invoke("Why is the sea salty?")
 for token in message.response_metadata["logprobs"]["content"]:

@@ -11,7 +11,7 @@ answer = litellm.completion(
     messages=[{"role": "user", "content": "Why is the sea salty?"}],
     max_tokens=24,
     logprobs=True,
-    extra_body={"annealing": {"preset": "paper", "warmup": 0}},
+    extra_body={"annealing": {"preset": "paper", "warmup": 0, "step": 0}},
 )
 for token in answer.choices[0].logprobs.content:
     print(f"{token.temperature:.6f} {token.logprob:.4f} {token.token!r}")

@@ -15,7 +15,7 @@ class Annealed(Chat):
 
     def build_kwargs(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         kwargs = super().build_kwargs(*arguments, **keywords)
-        schedule = {"preset": "paper", "warmup": 0}
+        schedule = {"preset": "paper", "warmup": 0, "step": 0}
         return {**kwargs, "logprobs": True, "extra_body": {"annealing": schedule}}
 
 

@@ -12,7 +12,7 @@ async def main() -> None:
             prompt="The sea is salty because",
             max_tokens=24,
             n=2,
-            extra_body={"annealing": {"preset": "paper", "warmup": 0}},
+            extra_body={"annealing": {"preset": "paper", "warmup": 0, "step": 0}},
         )
     for choice in answer.choices:
         arrays = choice.rollout

@@ -11,7 +11,7 @@ stream = client.chat.completions.create(
     messages=[{"role": "user", "content": "Why is the sea salty?"}],
     max_tokens=24,
     stream=True,
-    extra_body={"annealing": {"preset": "paper", "warmup": 0}},
+    extra_body={"annealing": {"preset": "paper", "warmup": 0, "step": 0}},
 )
 for chunk in stream:
     for choice in chunk.choices:

@@ -21,7 +21,8 @@ async def keep(response: httpx.Response) -> None:
 http = httpx.AsyncClient(event_hooks={"response": [keep]})
 provider = OpenAIProvider(openai_client=AsyncOpenAI(http_client=http))
 annealed = ModelSettings(
-    max_tokens=24, extra_body={"annealing": {"preset": "paper", "warmup": 0}, "logprobs": True}
+    max_tokens=24,
+    extra_body={"annealing": {"preset": "paper", "warmup": 0, "step": 0}, "logprobs": True},
 )
 agent = Agent(OpenAIChatModel("smollm2", provider=provider), model_settings=annealed)
 agent.run_sync("Why is the sea salty?")
