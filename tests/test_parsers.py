@@ -192,4 +192,5 @@ def test_what_is_parsed_is_in_the_tokens_and_the_arrays_have_them_all(
     if not stream:
         for choice in answer["choices"]:
             del choice["rollout"]
+        del plain["metadata"]["weight_versions"]  # in each rollout instead
         assert shape(answer) == shape(plain)
