@@ -11,7 +11,7 @@ help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
 venv: .venv/.ready ## everything into .venv (once)
-.venv/.ready: pyproject.toml requirements-cpu.txt examples/clients/requirements.txt
+.venv/.ready: pyproject.toml requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "ead needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -28,15 +28,18 @@ venv: .venv/.ready ## everything into .venv (once)
 	@echo "==> wheels that tests read (3 MB, not installed)" && \
 	  rm -rf .venv/wheels && \
 	  $(BIN)/pip --disable-pip-version-check download -q --no-deps -d .venv/wheels $(READ_BY_TESTS)
-	@echo "==> other people's clients, in .venv/clients (they want another openai than SGLang)" && \
-	  $(PYTHON) -m venv .venv/clients && \
-	  .venv/clients/bin/pip --disable-pip-version-check install -q -r examples/clients/requirements.txt
+	@touch $@
+
+# other people's clients, for their examples' tests alone: they want another openai than SGLang
+.venv/clients/.ready: examples/clients/requirements.txt | .venv/.ready
+	$(PYTHON) -m venv .venv/clients
+	.venv/clients/bin/pip --disable-pip-version-check install -q -r $<
 	@touch $@
 
 demo: venv ## serve, chat, train, and one picture of it
 	@$(BIN)/ead demo
 
-test: check ## format, lint and types, then all tests on a real server
+test: check .venv/clients/.ready ## format, lint and types, then all tests on a real server
 	@$(BIN)/python -m pytest
 
 check: venv ## format, lint, types
