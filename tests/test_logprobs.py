@@ -235,6 +235,14 @@ def test_each_result_alone_has_its_own_gradient(of: str) -> None:
         torch.testing.assert_close(ours[name], wanted[name], rtol=1e-10, atol=1e-10)
 
 
+def test_a_retained_graph_gives_the_same_gradients_again() -> None:
+    case = Case(10, 23, bias=True, softcap=2.0)  # 20 tiles, one of which is kept
+    loss = torch.stack([*case.ours()]).sum()
+    inputs = [*case.inputs.values()]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), first, rtol=0, atol=0)
+
+
 def test_without_temperatures_tempered_is_logprobs_and_trains_the_same() -> None:
     case = Case(7, 11, temperatures=False)
     results = case.ours()
@@ -358,9 +366,13 @@ def test_nothing_is_computed_that_nobody_needs() -> None:
             result.backward()
         return recorder.calls
 
-    assert products("logprobs") == 3 * tiles  # the logits, and the two gradients
-    assert products("logprobs", frozen="weight") == 2 * tiles
-    assert products("logprobs", frozen="hidden") == 2 * tiles
+    again = tiles - tiles // module.KEPT  # of so many tiles the logits are made again
+    assert products("logprobs") == again + 2 * tiles  # and the two gradients
+    assert products("logprobs", frozen="weight") == again + tiles
+    assert products("logprobs", frozen="hidden") == again + tiles
+    with torch.no_grad(), recorded() as recorder:
+        Case(10, 23).ours()
+    assert recorder.calls["clone"] == 0  # no tile is kept for a backward pass that never comes
     for of in TokenLogprobs._fields:  # one softmax, at the temperature that matters
         calls = operators(of)
         assert calls["exp"] + calls["exp_"] == tiles
