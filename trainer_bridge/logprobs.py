@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 # 16 MiB: from 32 MiB on, malloc returns memory to the system after every use, to fault it in again.
 CPU_TILE = (1024, 4096)
 GPU_TILE = (2048, 8192)
-# One tile in so many is kept for the backward pass: 2 % of the time of all for 0.03 of the memory
-# that whole logits, their softmax and its gradient take.
+# One tile in so many is kept for the backward pass: 2 % less time for 0.04 of the memory that whole
+# logits, their softmax and its gradient take.
 KEPT = 12
 
 
