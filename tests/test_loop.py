@@ -19,6 +19,7 @@ import torch
 import toys
 from conftest import TINY_FLAGS
 from rich.console import Console
+from scipy import stats
 from test_server import expected_temperatures
 from toys import Letters
 
@@ -57,6 +58,15 @@ def settings(model: Path, *more: str) -> list[str]:
         "report.tensorboard=false",
         *more,
     ]
+
+
+LEARNING = (
+    "rollout.prompts_per_step=8",
+    "rollout.samples_per_prompt=8",
+    "optimizer.learning_rate=3e-3",
+    "checkpoint.every=40",
+    "update.tokens_per_forward=4000",
+)
 
 
 @pytest.fixture
@@ -107,6 +117,22 @@ def test_a_run_leaves_its_metrics_samples_curves_and_the_model_that_is_served(
     with torch.no_grad():
         want = saved(RolloutBatch.build([Sample.of(sampled)])).logprobs
     assert np.abs(sampled.model_logprobs - want.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "annealing", ["{tau_max=1.2, tau_min=0.3, decay=16.0}", "{schedule='constant'}"]
+)
+def test_it_learns(annealing: str, go: Any, tmp_path: Path) -> None:
+    """The reward of a random model's answers rises, by Welch's t-test over the groups of the first
+    and the last five steps of two seeds: by chance in one run of a million."""
+    first, last = [], []
+    for seed in (0, 1):
+        folder = tmp_path / f"run{seed}"
+        more = (f"seed={seed}", "steps=40", f"rollout.annealing={annealing}", *LEARNING)
+        rewards = [entry["reward/mean"] for entry in go(*more, folder=folder)]
+        first += rewards[:5]
+        last += rewards[-5:]
+    assert stats.ttest_ind(last, first, equal_var=False, alternative="greater").pvalue < 1e-6
 
 
 def test_adapters_are_trained_and_travel_alone(go: Any, client: Client, tmp_path: Path) -> None:
