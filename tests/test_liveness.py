@@ -162,7 +162,7 @@ def test_at_the_end_answers_are_finished_and_no_process_is_left(
         server.wait_until_ready()
         family = psutil.Process(server.process.pid).children(recursive=True)
         assert len(family) >= 2
-        params = {"max_new_tokens": 150, "ignore_eos": True}
+        params = {"max_new_tokens": 400, "ignore_eos": True}
         calls = [pool.submit(client.rollouts, ["x"], n=2, **params) for _ in range(4)]
         loads = "/v1/loads"
         wait_for(lambda: client.request("GET", loads).json()["loads"][0]["num_running_reqs"] > 0)
@@ -171,7 +171,7 @@ def test_at_the_end_answers_are_finished_and_no_process_is_left(
             for answer in call.result(timeout=60).groups[0].answers:
                 assert answer.finish_reason == "length"
                 assert answer.rollout is not None
-                assert len(answer.rollout) == 150
+                assert len(answer.rollout) == 400
         assert server.process.wait(timeout=60) == 0
         assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
