@@ -29,7 +29,7 @@ FLAGS = (
     *("--chunked-prefill-size", "64", "--enable-mixed-chunk"),
     "--incremental-streaming-output",
     *("--max-total-tokens", "512", "--max-running-requests", "32"),
-    *("--restart", "--drain-seconds", "6"),
+    *("--restart", "--drain-seconds", "1"),
 )
 # a scheduler that reserves memory for 8 more tokens of each request, and so lets in too many
 ENVIRON = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
