@@ -18,7 +18,7 @@ import psutil
 import pytest
 from conftest import TINY_FLAGS, Reference
 from fastapi import FastAPI
-from test_rollouts import LONG, answer_of, wait_until_idle
+from test_rollouts import LONG, answer_of, request_text, wait_until_idle
 from test_server import FAST, check_against_reference
 
 from ead_client import Client, EadError
@@ -179,11 +179,6 @@ def test_at_the_end_answers_are_finished_and_no_process_is_left(
 # --- clients that do not read, or do not send --------------------------------------------------
 
 
-def request_text(path: str, body: bytes, length: int | None = None) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {length or len(body)}\r\n\r\n".encode() + body
-
-
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rollouts", "/generate"])
 def test_readers_that_never_read_and_senders_that_never_end_keep_nobody_waiting(
     server: ServerProcess, client: Client, reference: Reference, path: str
@@ -206,7 +201,7 @@ def test_readers_that_never_read_and_senders_that_never_end_keep_nobody_waiting(
         },
         "/generate": {"text": "x", "sampling_params": params, "stream": True},
     }
-    text = request_text(path, orjson.dumps(bodies[path]))
+    text = request_text(client, path, bodies[path])
     connections = []
     try:
         for index in range(40):

@@ -123,8 +123,8 @@ def test_a_run_leaves_its_metrics_samples_curves_and_the_model_that_is_served(
     "annealing", ["{tau_max=1.2, tau_min=0.3, decay=16.0}", "{schedule='constant'}"]
 )
 def test_it_learns(annealing: str, go: Any, tmp_path: Path) -> None:
-    """The reward of a random model's answers rises, by Welch's t-test over the groups of the first
-    and the last five steps of two seeds: by chance in one run of a million."""
+    """The reward of a random model's answers rises: Welch's t-test over the means of the first and
+    of the last five steps of two seeds, which passes by chance once in a million runs."""
     first, last = [], []
     for seed in (0, 1):
         folder = tmp_path / f"run{seed}"

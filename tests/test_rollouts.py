@@ -246,13 +246,18 @@ def wait_until_idle(client: Client) -> None:
     wait_until(client, lambda count: count == 0, timeout_s=8.0)
 
 
-def ask_and_leave(client: Client, body: Any, headers: dict[str, str], answers: int) -> None:
-    """Close the connection of a call to /v1/rollouts when so many answers are being generated."""
-    url = httpx.URL(client.base_url).join("/v1/rollouts")
-    request = httpx.Request("POST", url, json=body, headers=headers)
-    head = [b"POST /v1/rollouts HTTP/1.1", *(b": ".join(field) for field in request.headers.raw)]
+def request_text(client: Client, path: str, body: Any, **headers: str) -> bytes:
+    """A POST as it goes over the wire, for who treats its connection as no client would."""
+    request = httpx.Request("POST", f"{client.base_url}{path}", json=body, headers=headers)
+    head = [f"POST {path} HTTP/1.1".encode(), *(b": ".join(one) for one in request.headers.raw)]
+    return b"\r\n".join([*head, b"", request.content])
+
+
+def ask_and_leave(client: Client, text: bytes, answers: int) -> None:
+    """Close the connection when so many answers are being generated."""
+    url = httpx.URL(client.base_url)
     with socket.create_connection((url.host, url.port), timeout=60) as connection:
-        connection.sendall(b"\r\n".join([*head, b"", request.content]))
+        connection.sendall(text)
         wait_until(client, lambda count: count == answers)
 
 
@@ -264,7 +269,8 @@ def test_a_client_that_leaves_frees_the_engine(client: Client, accept: str) -> N
         params = {**LONG, "max_new_tokens": LONG["max_new_tokens"] // 2}
         stays = pool.submit(client.rollouts, ["def "], annealing={}, **params)
         wait_until(client, lambda count: count == 1)
-        ask_and_leave(client, body, {"accept": accept}, answers=9)
+        text = request_text(client, "/v1/rollouts", body, accept=accept)
+        ask_and_leave(client, text, answers=9)
         wait_until(client, lambda count: count == 1)
         assert not stays.done()
         assert stays.result(timeout=60).groups[0].answers[0].finish_reason == "length"
@@ -284,7 +290,7 @@ def test_a_call_made_again_finds_the_work_of_the_first(
     body = {"prompts": ["def "], "n": 2, "annealing": {}}
     body["sampling_params"] = {"max_new_tokens": 1000, "ignore_eos": True}
     headers = {"idempotency-key": "again"}
-    ask_and_leave(client, body, headers, answers=2)
+    ask_and_leave(client, request_text(client, "/v1/rollouts", body, **headers), answers=2)
     answers = [
         httpx.post(f"{server.url}/v1/rollouts", json=body, headers=headers, timeout=60).json()
         for _ in range(2)
