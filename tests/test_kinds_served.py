@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Reference
 from test_kinds import walk
 from test_server import LOGPROB_TOLERANCE, post
@@ -18,6 +19,7 @@ from ead_server.process import ServerProcess
 # token ids made likely below, so that segments do begin and end: an answer of 40 tokens lacks END
 # 4 times in 10,000 (simulated with the reference), and two answers, as asked for here, once in 5e6
 MARK, END = 40, 41
+BIAS = {MARK: 7.5, END: 8.0}
 SEGMENT = {
     "schedule": "segment",
     "thinking": {"schedule": "linear", "length": 40.0, "tau_min": 0.5},
@@ -53,7 +55,7 @@ def check_all_kinds(server: ServerProcess, reference: Reference, count: int) -> 
                 rollout={"entropies": True},
                 max_tokens=40 + index % 7,
                 ignore_eos=True,
-                logit_bias={str(MARK): 7.5, str(END): 8.0},
+                logit_bias={str(token): bias for token, bias in BIAS.items()},
             )
         assert answer.choices[0].rollout is not None
         return answer.choices[0].rollout
@@ -71,11 +73,17 @@ def check_all_kinds(server: ServerProcess, reference: Reference, count: int) -> 
         tokens, entropies = rollout.token_ids.tolist(), rollout.entropies.tolist()
         want = walk(raw, tokens, entropies)
         assert np.abs(rollout.temperatures - want).max() < 1e-5, raw
-        model = reference.logits(rollout.prompt_token_ids, rollout.token_ids).log_softmax(-1)
+        logits = reference.logits(rollout.prompt_token_ids, rollout.token_ids)
+        model = logits.log_softmax(-1)
         h = -(model.exp() * model).sum(-1).numpy()
         assert np.abs(rollout.entropies - h).max() < LOGPROB_TOLERANCE
         picked = model.numpy()[np.arange(len(tokens)), tokens]
         assert np.abs(rollout.model_logprobs - picked).max() < LOGPROB_TOLERANCE
+        logits[:, MARK] += BIAS[MARK]  # which the sampler draws from, the model knows nothing of it
+        logits[:, END] += BIAS[END]
+        mu = (logits / torch.tensor(want, dtype=logits.dtype).unsqueeze(1)).log_softmax(-1)
+        picked = mu.numpy()[np.arange(len(tokens)), tokens]
+        assert np.abs(rollout.logprobs - picked).max() < LOGPROB_TOLERANCE, raw
         if raw["schedule"] == "segment":
             restarts += MARK in tokens[:-1]
             ends += "answer" in raw and END in tokens[:-1]
