@@ -160,15 +160,22 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
         "self signum frame",
         "AFTER",
-        "ead_server.launch:end_in_time",
+        "ead_server.ending:end_in_time",
         "SGLang waits for the answers in progress without end",
     ),
     Hook(
         f"{_MANAGER}.sigterm_watchdog",
         "self",
         "AROUND",
-        "ead_server.launch:drain_worker",
+        "ead_server.ending:drain",
         "the first of several tokenizer workers to be done would stop the scheduler for all",
+    ),
+    Hook(
+        f"{HTTP_SERVER}._wait_and_warmup",
+        "server_args launch_callback execute_warmup_func post_warmup_callback",
+        "AROUND",
+        "ead_server.launch:warm_up",
+        "SGLang's own first requests carry a key: a server that refuses them is killed by SGLang",
     ),
 )
 

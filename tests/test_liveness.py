@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import psutil
 import pytest
 from conftest import TINY_FLAGS, Reference
 from fastapi import FastAPI
+from test_guard import KEY, begins
 from test_rollouts import LONG, answer_of, request_text, wait_until_idle
 from test_server import FAST, check_against_reference
 
@@ -164,14 +165,71 @@ def test_at_the_end_answers_are_finished_and_no_process_is_left(
         assert len(family) >= 2
         params = {"max_new_tokens": 400, "ignore_eos": True}
         calls = [pool.submit(client.rollouts, ["x"], n=2, **params) for _ in range(4)]
-        loads = "/v1/loads"
-        wait_for(lambda: client.request("GET", loads).json()["loads"][0]["num_running_reqs"] > 0)
+        wait_for(lambda: begins(client))
         server.process.send_signal(signal.SIGTERM)
         for call in calls:
             for answer in call.result(timeout=60).groups[0].answers:
                 assert answer.finish_reason == "length"
                 assert answer.rollout is not None
                 assert len(answer.rollout) == 400
+        assert server.process.wait(timeout=60) == 0
+        assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.fixture(params=["1", "2"], ids=["one-worker", "two-workers"])
+def starting(
+    tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[ServerProcess]:
+    """A server with an API key that listens, and that SGLang warms up now."""
+    arguments = ["--model-path", str(tiny_model), *TINY_FLAGS, "--drain-seconds", "5"]
+    arguments += ["--tokenizer-worker-num", request.param]
+    log = tmp_path / "server.log"
+    with ServerProcess(arguments, log, environ={"EAD_API_KEY": KEY}) as server:
+        wait_for(lambda: listens(server), 240)
+        yield server
+
+
+def listens(server: ServerProcess) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", server.port)) == 0
+
+
+def test_told_to_end_while_it_warms_up_it_keeps_what_it_has_begun(starting: ServerProcess) -> None:
+    """A client that does not wait for readiness. SGLang kills a worker whose warm-up fails, and so
+    the warm-up, which is a request like any other, must not be refused as new work is."""
+    with (
+        Client(starting.url, api_key=KEY, retries=0, timeout=120) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        call = pool.submit(client.rollouts, ["x"], n=48, max_new_tokens=900, ignore_eos=True)
+        wait_for(lambda: begins(client))
+        assert httpx.get(f"{starting.url}/v1/models", timeout=30).status_code == 401
+        starting.process.send_signal(signal.SIGTERM)
+        reasons = {a.finish_reason for a in call.result(timeout=60).groups[0].answers}
+        assert reasons <= {"abort", "length"}
+        assert "abort" in reasons
+        assert starting.process.wait(timeout=60) == 0
+
+
+def test_told_to_end_before_it_was_asked_anything_it_does_not_wait_for_its_warm_up(
+    starting: ServerProcess,
+) -> None:
+    """SGLang's would ask a server that listens no more, for two minutes or for twelve."""
+    family = psutil.Process(starting.process.pid).children(recursive=True)
+    starting.process.send_signal(signal.SIGTERM)
+    assert starting.process.wait(timeout=60) == 0
+    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_told_to_end_while_it_loads_its_model_it_leaves_no_process(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model-path", str(tiny_model), *TINY_FLAGS]
+    with ServerProcess(arguments, tmp_path / "server.log") as server:
+        process = psutil.Process(server.process.pid)
+        wait_for(lambda: len(process.children(recursive=True)) >= 2)
+        family = process.children(recursive=True)
+        server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=60) == 0
         assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 

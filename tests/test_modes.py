@@ -143,11 +143,7 @@ def test_several_workers_die_together_come_back_and_end_in_time(restless: Server
         for call in calls:
             assert isinstance(call.exception(timeout=30), EadError)
 
-        # both workers, twice: one that is told to end while SGLang warms it up kills itself, and
-        # the calls that it has; the other one makes the server ready by then
-        warm = "The server is fired up and ready to roll!"
-        wait_for(lambda: restless.log.read_text(errors="replace").count(warm) == 4, 240)
-        assert answers_ready(restless)
+        wait_for(lambda: answers_ready(restless), 240)
         for _ in range(12):
             assert len(ask(3).groups[0].answers) == 12
         # one worker's, more than is done in time; the other one has nothing to do

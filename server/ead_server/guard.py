@@ -40,6 +40,7 @@ from ead_server.asgi import (
     route_of,
     send_json,
 )
+from ead_server.ending import while_it_starts
 from ead_server.errors import openai_error
 from ead_server.settings import Settings
 from ead_server.weight_files import WeightsRefused, files_of, tensors_in
@@ -118,7 +119,9 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         current, path = settings.current(), route_of(scope)
-        if current is None or scope["type"] == "lifespan" or path in OPEN:
+        if current is not None and scope["type"] == "lifespan":
+            await self.app(scope, while_it_starts(receive), send)
+        elif current is None or path in OPEN:
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             if self._refused_key(current, "GET", path, scope) is not None:
@@ -148,7 +151,7 @@ class Guard:
             body: bytes | Refusal | None = (
                 _refused_headers(scope)
                 or self._refused_key(current, call.method, path, scope)
-                or _draining(call)
+                or _draining(call, scope)
                 or _incomplete(call, is_admin=self._is_admin(call.method, path, scope))
                 or (b"" if path in STREAMED else await self._body(call, scope, receive))
             )
@@ -178,9 +181,7 @@ class Guard:
         if method == "OPTIONS":
             return None
         given = _bearer(scope["headers"])
-        if _is_warm_up(current, path, given):
-            return None
-        if _same(given, current.admin_api_key):
+        if _same(given, current.admin_api_key) or _same(given, current.warm_up_key):
             return None
         challenge = ((b"www-authenticate", b"Bearer"),)
         if self._is_admin(method, path, scope):
@@ -232,19 +233,6 @@ def sglang_admin_paths(routes: Iterable[Any]) -> Iterable[str]:
             yield route.path
 
 
-def _is_warm_up(current: Settings, path: str, given: str) -> bool:
-    """SGLang's own first requests, which it sends over HTTP to itself with a key that it prints:
-    good only until the server is ready, and for the one call that it makes right after."""
-    if not _same(given, current.warm_up_key):
-        return False
-    from sglang.srt.entrypoints.http_server import get_global_state
-    from sglang.srt.managers.tokenizer_manager import ServerStatus
-
-    state = get_global_state()
-    starting = state and state.tokenizer_manager.server_status == ServerStatus.Starting
-    return bool(starting) or path == "/freeze_gc"
-
-
 def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> str:
     value = dict(headers).get(b"authorization", b"").decode("latin-1")
     scheme, _, key = value.partition(" ")
@@ -258,12 +246,18 @@ def _same(given: str, key: str | None) -> bool:
 # --- what else is refused -------------------------------------------------------------------------
 
 
-def _draining(call: Call) -> Refusal | None:
-    """Between SIGTERM and the end, new work is turned away so that the old can finish."""
+def _draining(call: Call, scope: Any) -> Refusal | None:
+    """Between SIGTERM and the end, new work is turned away so that the old can finish.
+
+    Not SGLang's own first requests: it kills the worker that does not get its answer, and with it
+    what clients are waiting for, of a server that is told to end while it starts.
+    """
     from sglang.srt.entrypoints.http_server import get_global_state
 
     state = get_global_state()
     if call.method == "GET" or state is None or not state.tokenizer_manager.gracefully_exit:
+        return None
+    if _same(_bearer(scope["headers"]), call.settings.warm_up_key):
         return None
     headers = ((b"retry-after", b"5"), (b"connection", b"close"))
     return Refusal(503, "the server is shutting down", "draining", headers=headers)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import json
 import os
-import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing
 from ead_sampler.requests import unsupported_mode
+from ead_server import ending
 from ead_server.guard import log_to_stderr
 from ead_server.process import hold_port
 from ead_server.settings import Settings, current
@@ -43,6 +42,7 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     Before any model is loaded, raises SystemExit when this SGLang cannot be extended, and
     ServerFailed when the port is taken.
     """
+    ending.while_it_loads()
     _say(f"device: {device.choose()}")
     if annealing is not None:
         os.environ[DEFAULT_ANNEALING] = annealing
@@ -71,35 +71,22 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     reason = unsupported_mode(server_args, os.environ)
     if default_annealing() is not None and reason is not None:
         raise SystemExit(f"ead: this server cannot honour a default schedule: {reason}")
-    if settings.api_key is not None and server_args.tokenizer_worker_num > 1:
-        raise SystemExit("ead: SGLang has no API keys with --tokenizer-worker-num above 1")
-    # the real keys stay out of what SGLang prints and shows; this one is for its own warm-up
-    server_args.admin_api_key = settings.warm_up_key
-    if settings.api_key is not None:
-        server_args.api_key = settings.warm_up_key
+    # The keys are the guard's, and stay out of what SGLang prints and shows. To SGLang it only
+    # matters that there is one for admins: some of its routes are closed otherwise.
+    server_args.admin_api_key = "held by ead serve"
     if not _is_loopback(server_args.host) and settings.api_key is None:
         _say(
             f"WARNING: listening on {server_args.host} without an API key: whoever reaches this "
             "port can generate without limit; set EAD_API_KEY or --api-key-file"
         )
     if server_args.tokenizer_worker_num > 1:
-        _end_when_a_child_dies()
+        ending.when_a_child_dies()
     # before the model is loaded: SGLang finds out after it, then hangs in its warm-up
     hold_port(server_args.host, server_args.port).close()
     try:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
-
-
-def _end_when_a_child_dies() -> None:
-    """SGLang sends its main process SIGQUIT then, and ends it there; but with several tokenizer
-    workers uvicorn's supervisor has taken that signal, and would do nothing."""
-    from sglang.srt.utils import kill_process_tree
-    from uvicorn.supervisors import Multiprocess
-
-    # the supervisor looks its handlers up by the signal's name
-    Multiprocess.handle_quit = lambda _: kill_process_tree(os.getpid())  # type: ignore[attr-defined]
 
 
 def _say(line: str) -> None:
@@ -136,37 +123,20 @@ def add_api_key_middleware(original: Callable[..., None], *args: Any, **keys: An
         original(*args, **keys)
 
 
-def end_in_time(result: None, handler: Any, *received: Any) -> None:
-    """AFTER SignalHandler.sigterm_handler: what is not finished in time is aborted.
+def warm_up(original: Callable[..., None], *args: Any, **keys: Any) -> None:
+    """AROUND http_server._wait_and_warmup, a thread of each process that answers HTTP.
 
-    Its clients get what was generated, with the finish reason "abort".
+    The requests that SGLang sends itself in it carry a key of ours.
     """
     settings = current()
     if settings is None:
+        original(*args, **keys)
         return
-    manager = handler.tokenizer_manager
-    manager.event_loop.call_later(settings.drain_seconds, lambda: _abort_all(manager))
+    from sglang.srt.runtime_context import get_serving
 
-
-def _abort_all(manager: Any) -> None:
-    manager.abort_request(abort_all=True)
-    manager.event_loop.call_later(1.0, lambda: _abort_all(manager))  # what was still queued
-
-
-async def drain_worker(original: Callable[..., Awaitable[None]], manager: Any) -> None:
-    """AROUND TokenizerManager.sigterm_watchdog: one tokenizer worker of several ends alone.
-
-    SGLang's own would take the scheduler with it, at which the others are still at work.
-    """
-    from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
-
-    if current() is None or not isinstance(manager, TokenizerWorker):
-        await original(manager)
-        return
-    while not manager.gracefully_exit or manager.rid_to_state:
-        await asyncio.sleep(0.2)
-    # uvicorn's to handle, as SIGTERM was until SGLang took it: it sends what is left, and ends
-    signal.raise_signal(signal.SIGINT)
+    key = settings.warm_up_key
+    with get_serving().override(api_key=key, admin_api_key=key):
+        original(*args, **keys)
 
 
 def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:

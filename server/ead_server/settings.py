@@ -25,6 +25,7 @@ class Settings(BaseModel):
 
     api_key: str | None = Field(None, repr=False, min_length=1)  # None: no key is asked for
     admin_api_key: str | None = Field(None, repr=False, min_length=1)  # None: nobody may
+    # opens everything, and only SGLang has it: for the requests that it sends itself at its start
     warm_up_key: str = Field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     weights_root: Path | None = None  # folder that weights are loaded from; None: from nowhere
     max_body_bytes: int = Field(32 << 20, ge=1024)
