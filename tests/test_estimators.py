@@ -132,23 +132,6 @@ def test_solved_is_what_the_caller_says() -> None:
 # --- intervals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
-def test_the_interval_is_scipy_s_bca_bootstrap(confidence: float) -> None:
-    generator = np.random.default_rng(1)
-    for count in (5, 64):
-        estimates = generator.binomial(8, generator.beta(0.6, 1.4, count)) / 8
-        scipys = scipy.stats.bootstrap(
-            (estimates,),
-            np.mean,
-            confidence_level=confidence,
-            n_resamples=500,
-            method="BCa",
-            rng=np.random.default_rng(7),
-        ).confidence_interval
-        got = bootstrap_interval(estimates, confidence=confidence, resamples=500, seed=7)
-        assert got == pytest.approx(tuple(scipys), abs=1e-12)
-
-
 @pytest.mark.parametrize(("a", "b"), [(0.6, 1.4), (0.2, 1.8), (1.8, 0.2)])
 def test_the_interval_covers_as_often_as_it_says(a: float, b: float) -> None:
     """400 evaluations of 128 problems of beta-distributed difficulty, 8 answers each. At a true

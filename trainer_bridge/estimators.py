@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from math import comb, nan
-from statistics import NormalDist
 
 import numpy as np
+import scipy.stats
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -118,17 +118,12 @@ def bootstrap_interval(
     if np.ptp(estimates) == 0.0:
         bound = tail ** (1.0 / count)
         return {0.0: (0.0, 1.0 - bound), 1.0: (bound, 1.0)}.get(mean, (mean, mean))
-    generator = np.random.default_rng(seed)
-    means = [estimates[generator.integers(0, count, count)].mean() for _ in range(resamples)]
-    resampled = np.array(means)
-    below = (np.mean(resampled < mean) + np.mean(resampled <= mean)) / 2.0
-    normal = NormalDist()
-    bias = normal.inv_cdf(float(below))
-    deviations = estimates - mean
-    acceleration = (deviations**3).sum() / (6.0 * (deviations**2).sum() ** 1.5)
-    levels = []
-    for level in (tail, 1.0 - tail):
-        shifted = bias + normal.inv_cdf(level)
-        levels.append(normal.cdf(float(bias + shifted / (1.0 - acceleration * shifted))))
-    low, high = np.quantile(resampled, levels)
-    return float(low), float(high)
+    interval = scipy.stats.bootstrap(
+        (estimates,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
