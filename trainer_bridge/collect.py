@@ -244,7 +244,7 @@ class Collector:
 
     def _check_versions(self, rollout: Rollout, step: int) -> None:
         known = {str(v) for v in range(max(0, step - self.config.staleness), step + 1)}
-        found = _versions(rollout)
+        found = rollout.versions
         if not set(found) <= known:
             raise StaleRollout(
                 f"step {step} wants weights of version {' or '.join(sorted(known))}, an answer "
@@ -275,7 +275,7 @@ class Collector:
     ) -> dict[str, float]:
         lengths = [answer.length for answer in answers]
         reasons = [answer.turns[-1].finish_reason for answer in answers]
-        behind = [step - int(_versions(answer.turns[0])[0]) for answer in answers]
+        behind = [step - int(answer.turns[0].versions[0]) for answer in answers]
         best = [max(reward for _, reward in group) for group in groups.values()]
         return {
             "rollout/answers": float(len(answers)),
@@ -287,9 +287,3 @@ class Collector:
             "reward/best_of_group": sum(best) / len(best),
             **{f"rollout/{name}": float(number) for name, number in sorted(counts.items())},
         }
-
-
-def _versions(rollout: Rollout) -> list[str]:
-    """Of the weights that its tokens were sampled from, oldest first."""
-    spans = [str(span["version"]) for span in rollout.weight_versions or ()]
-    return spans or [str(rollout.weight_version)]

@@ -117,7 +117,7 @@ def evaluate(
     return Evaluation(
         task=task.name,
         decoding=_decoding(scored),
-        weight_versions=sorted({version for rollout in scored for version in _versions(rollout)}),
+        weight_versions=sorted({version for rollout in scored for version in rollout.versions}),
         problems=len(problems),
         n=config.n,
         scored=len(scored),
@@ -168,12 +168,6 @@ def _mean(values: Sequence[float]) -> float:
 def _decoding(scored: Sequence[Rollout]) -> dict[str, Any]:
     """As the server reports it; without a schedule, decoding was greedy."""
     return (scored[0].annealing if scored else None) or {"temperature": 0.0}
-
-
-def _versions(rollout: Rollout) -> list[str]:
-    if rollout.weight_versions:
-        return [str(part["version"]) for part in rollout.weight_versions]
-    return [str(rollout.weight_version)]
 
 
 def _estimates(

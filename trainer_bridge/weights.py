@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import torch
@@ -82,34 +82,6 @@ class SyncReport:
     num_tensors: int
 
 
-class WeightPublisher(Protocol):
-    """Any of the three ways."""
-
-    def publish(
-        self, tensors: NamedTensors, version: int | str, *, lora_scale: float | None = None
-    ) -> SyncReport:
-        """Return when the server samples from these weights.
-
-        tensors: all of the model's, named as in its checkpoint (Policy.named_weights), on any
-        device; cast to the dtype that is served. A sharded one (DTensor) is gathered when its turn
-        comes, which the other ranks have to do with it. With `lora_scale`, adapters
-        (Policy.named_adapters) of the checkpoint that the server was started with, which only the
-        way of tensors can send. Raises WeightUpdateFailed.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of what is held between publications."""
-        ...
-
-
-def weight_publisher(client: Client, config: SyncConfig) -> WeightPublisher:
-    """client: with the server's admin key."""
-    ways = {"tensors": TensorPublisher, "distributed": DistributedPublisher, "disk": DiskPublisher}
-    publisher: WeightPublisher = ways[config.way](client, config)
-    return publisher
-
-
 class _Part(NamedTuple):
     """A tensor that is to be sent, not yet gathered and cast."""
 
@@ -132,8 +104,8 @@ class _Part(NamedTuple):
         return tensor.detach().to(device, self.dtype).contiguous()
 
 
-class _Publisher:
-    """What the three share."""
+class WeightPublisher:
+    """What the three ways share."""
 
     def __init__(self, client: Client, config: SyncConfig) -> None:
         self.client = client
@@ -142,7 +114,14 @@ class _Publisher:
     def publish(
         self, tensors: NamedTensors, version: int | str, *, lora_scale: float | None = None
     ) -> SyncReport:
-        """See WeightPublisher."""
+        """Return when the server samples from these weights.
+
+        tensors: all of the model's, named as in its checkpoint (Policy.named_weights), on any
+        device; cast to the dtype that is served. A sharded one (DTensor) is gathered when its turn
+        comes, which the other ranks have to do with it. With `lora_scale`, adapters
+        (Policy.named_adapters) of the checkpoint that the server was started with, which only the
+        way of tensors can send. Raises WeightUpdateFailed.
+        """
         if lora_scale is not None and not self.config.sends_adapters:
             raise ValueError(f"lora_scale: adapters do not go by way {self.config.way!r}")
         started = time.perf_counter()
@@ -156,7 +135,7 @@ class _Publisher:
         return SyncReport(str(version), seconds, sent["bytes"], sent["tensors"])
 
     def close(self) -> None:
-        """See WeightPublisher. Nothing, for most."""
+        """Let go of what is held between publications: nothing, for most."""
 
     def _send(
         self, buckets: Iterator[list[_Part]], version: str, lora_scale: float | None
@@ -203,7 +182,7 @@ class _Publisher:
             yield bucket
 
 
-class TensorPublisher(_Publisher):
+class TensorPublisher(WeightPublisher):
     """Over HTTP. Takes memory for two buckets."""
 
     def _send(
@@ -227,7 +206,7 @@ def _frames(buckets: Iterator[list[_Part]]) -> Iterator[bytes]:
             yield data[start : start + _CHUNK]
 
 
-class DiskPublisher(_Publisher):
+class DiskPublisher(WeightPublisher):
     """By a folder, which is gone when `publish` returns."""
 
     def _send(
@@ -250,7 +229,7 @@ class DiskPublisher(_Publisher):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class DistributedPublisher(_Publisher):
+class DistributedPublisher(WeightPublisher):
     """By broadcasts from this process. Takes memory for a bucket on the tensors' device.
 
     All shapes are told before the first broadcast, so a generator's tensors are all held at once.
@@ -321,3 +300,9 @@ class DistributedPublisher(_Publisher):
         group, self._group = self._group, None
         if group is not None:
             group.close()
+
+
+def weight_publisher(client: Client, config: SyncConfig) -> WeightPublisher:
+    """client: with the server's admin key."""
+    ways = {"tensors": TensorPublisher, "distributed": DistributedPublisher, "disk": DiskPublisher}
+    return ways[config.way](client, config)

@@ -74,6 +74,12 @@ class Rollout(Answered):
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def versions(self) -> list[str]:
+        """Of the weights that its tokens were sampled from, oldest first."""
+        spans = [str(span["version"]) for span in self.weight_versions or ()]
+        return spans or [str(self.weight_version)]
+
     def to_torch(self) -> dict[str, torch.Tensor]:
         """The columns by name, each [T], int64 and float32, on the CPU; those that are there.
 
