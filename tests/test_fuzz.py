@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import hypothesis
 import pytest
+import requests
 import schemathesis
 from conftest import Reference
 from schemathesis.checks import load_all_checks
@@ -252,15 +253,27 @@ LENGTHS = {
 }
 
 
+MAX_URL = 64 << 10  # bytes: h11, uvicorn's parser here, answers 400 and cuts off what still comes
+
+
 def send(case: Any, server: ServerProcess, *, admin: bool = True) -> Any:
-    """The answer to the case, of which at most a few tokens are to be generated."""
+    """The answer to the case, of which at most a few tokens are to be generated.
+
+    None where the connection was cut off in the middle of a URL of more than MAX_URL.
+    """
     *parents, name = LENGTHS.get(case.path, ("",))
     fields = case.body
     for parent in parents:
         fields = fields.setdefault(parent, {}) if isinstance(fields, dict) else None
     if name and isinstance(fields, dict) and type(fields.get(name, 99)) is int:
         fields[name] = min(fields.get(name, 99), 4)
-    return case.call(headers=server.admin_headers if admin else {}, timeout=60)
+    try:
+        return case.call(headers=server.admin_headers if admin else {}, timeout=60)
+    except requests.RequestException:
+        query = requests.Request("GET", server.url, params=dict(case.query or {})).prepare().url
+        if len(query or "") < MAX_URL:
+            raise
+        return None
 
 
 def mistakes(
@@ -271,6 +284,8 @@ def mistakes(
     for case in cases(schema):
         answer = send(case, server)
         sent[case.operation.label] += 1
+        if answer is None:
+            continue
         try:
             assert not told_wrong(answer.status_code, answer.text)
             check(case, answer)
@@ -324,7 +339,7 @@ def test_what_changes_the_server_is_closed_whatever_is_sent(
     for case in cases(described.include(lambda context: "403" in responses_of(context))):
         answer = send(case, server, admin=False)
         sent["closed"] += 1
-        if answer.status_code not in (401, 405) and case.method != "OPTIONS":
+        if answer is not None and answer.status_code not in (401, 405) and case.method != "OPTIONS":
             opened.append(f"{answer.status_code} {case.as_curl_command()}")
     assert not opened, "\n".join(opened[:10])
 
