@@ -314,10 +314,13 @@ def test_a_step_of_nothing_but_failures_is_an_error(collector: Any) -> None:
 
 
 def test_answers_whose_reward_failed_are_dropped_and_counted(collector: Any) -> None:
-    collected = collector(toys.SometimesRaises(), samples_per_prompt=8).collect(0, 0)
+    """A group of three loses two answers with a chance of 3 in 8, and then its last one too."""
+    made = collector(toys.SometimesRaises(), prompts_per_step=32, samples_per_prompt=3)
+    collected = made.collect(0, 0)
     failed = collected.metrics["rollout/rewards_raised"]
-    assert failed > 0
-    assert len(collected.answers.samples) + failed == 32
+    alone = collected.metrics["rollout/answers_alone"]
+    assert min(failed, alone) > 0
+    assert len(collected.answers.samples) + failed + alone == 96
     assert all(len(text) % 2 for text in collected.texts)
 
 

@@ -132,6 +132,7 @@ class Collector:
             for index, group in new.items():
                 if len(group) < 2:
                     counts["groups_failed"] += 1
+                    counts["answers_alone"] += len(group)  # good, with nothing to compare it to
                 elif self.config.refills and len({reward for _, reward in group}) == 1:
                     counts["groups_without_signal"] += 1
                 else:
