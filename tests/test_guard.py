@@ -645,7 +645,7 @@ def test_each_request_is_one_line_and_counted(guarded: ServerProcess) -> None:
 # --- dying, coming back, ending -----------------------------------------------------------------
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -6,7 +6,6 @@ import asyncio
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ import psutil
 import pytest
 from conftest import TINY_FLAGS, Reference
 from fastapi import FastAPI
-from test_guard import KEY, begins
+from test_guard import KEY, begins, wait_for
 from test_rollouts import LONG, answer_of, request_text, wait_until_idle
 from test_server import FAST, check_against_reference
 
@@ -107,11 +106,9 @@ def ready(server: ServerProcess) -> tuple[int, str]:
     return answer.status_code, answer.json()["status"]
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def running(family: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended."""
+    return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_health_tells_an_engine_that_hangs_from_one_that_works_and_one_that_is_gone(
@@ -147,7 +144,7 @@ def test_health_tells_an_engine_that_hangs_from_one_that_works_and_one_that_is_g
         assert server.process.wait(timeout=60) != 0
         with pytest.raises(httpx.ConnectError):
             ready(server)
-        assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+        assert running(family) == []
 
 
 def test_at_the_end_answers_are_finished_and_no_process_is_left(
@@ -173,7 +170,7 @@ def test_at_the_end_answers_are_finished_and_no_process_is_left(
                 assert answer.rollout is not None
                 assert len(answer.rollout) == 400
         assert server.process.wait(timeout=60) == 0
-        assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+        assert running(family) == []
 
 
 @pytest.fixture(params=["1", "2"], ids=["one-worker", "two-workers"])
@@ -218,7 +215,7 @@ def test_told_to_end_before_it_was_asked_anything_it_does_not_wait_for_its_warm_
     family = psutil.Process(starting.process.pid).children(recursive=True)
     starting.process.send_signal(signal.SIGTERM)
     assert starting.process.wait(timeout=60) == 0
-    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    assert running(family) == []
 
 
 def test_told_to_end_while_it_loads_its_model_it_leaves_no_process(
@@ -231,7 +228,7 @@ def test_told_to_end_while_it_loads_its_model_it_leaves_no_process(
         family = process.children(recursive=True)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=60) == 0
-        assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+        assert running(family) == []
 
 
 # --- clients that do not read, or do not send --------------------------------------------------
