@@ -40,6 +40,10 @@ class Hook(NamedTuple):
 _BATCH = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_GRAMMAR = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar"
+_TOKENIZE = "sglang.srt.entrypoints.openai.serving_tokenize"
+_HANDLE = "_handle_non_streaming_request"
+_HANDLE_PARAMETERS = "self adapted_request request raw_request"
 
 HOOKS = (
     # scheduler process: per-row state follows the batch (SGLang's placeholders for extension)
@@ -95,7 +99,50 @@ HOOKS = (
         "ead_sampler.sampling:seed_data_parallel_rank",
         "SGLang seeds all data-parallel ranks alike: answers of one group would repeat each other",
     ),
+    # scheduler process: what a request may cost there
+    Hook(
+        "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
+        "self new_accepted_len",
+        "AROUND",
+        "ead_server.stop_regex:check_stops",
+        "a stop_regex is searched by backtracking after every token: it may stop all requests",
+    ),
+    Hook(
+        f"{_GRAMMAR}.fill_vocab_mask",
+        "self vocab_mask idx",
+        "AROUND",
+        "ead_server.grammars:fill_vocab_mask",
+        "a grammar may take seconds for a token, or let none follow, which is no distribution",
+    ),
+    Hook(
+        f"{_GRAMMAR}.accept_token",
+        "self token",
+        "AROUND",
+        "ead_server.grammars:accept_token",
+        "where SGLang ends the request of a grammar that failed",
+    ),
+    Hook(
+        "sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend.set_cache",
+        "self key value",
+        "AFTER",
+        "ead_server.grammars:forget_oldest",
+        "every grammar that was ever compiled is kept",
+    ),
     # tokenizer process
+    *(
+        Hook(
+            target,
+            parameters,
+            "AROUND",
+            "ead_server.tokenising:in_a_thread",
+            "a long text is tokenised on the event loop: nobody is answered meanwhile",
+        )
+        for target, parameters in (
+            (f"{_MANAGER}._tokenize_texts", "self texts is_cross_encoder"),
+            (f"{_TOKENIZE}.OpenAIServingTokenize.{_HANDLE}", _HANDLE_PARAMETERS),
+            (f"{_TOKENIZE}.OpenAIServingDetokenize.{_HANDLE}", _HANDLE_PARAMETERS),
+        )
+    ),
     Hook(
         "sglang.srt.sampling.sampling_params.SamplingParams.verify",
         "self vocab_size",

@@ -9,8 +9,9 @@ functions are listed in `ead_sampler.plugin`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
@@ -26,6 +27,10 @@ COLUMNS = ("temperatures", "logprobs", "model_logprobs")
 ENTROPIES = "entropies"
 _RECORDED = (*COLUMNS, ENTROPIES)
 MARKERS = (ANNEALING, SAMPLING)  # added to meta_info of every answer that has the arrays
+
+# What SGLang takes for a request without one under --enable-deterministic-inference, where answers
+# to one prompt would otherwise be copies of each other.
+SEED = 42
 
 TOP_K_ALL = 1 << 30  # SGLang's "no top_k"
 
@@ -149,6 +154,95 @@ def unsupported_mode(server_args: Any, environ: Mapping[str, str]) -> str | None
 # --- the request's way through the tokenizer manager -------------------------------------------
 
 
+# of the schedules of one request, together
+MAX_MEANS = 2_000_000  # tokens of `mean_matched`: 60 ms
+MAX_STRINGS = 1_024  # that mark tokens
+
+
+def check_cost(each: Sequence[Any]) -> None:
+    """Refuse schedules that are dear to work out and are many. Raises AnnealingError.
+
+    each: sampling parameters of each prompt, with the schedule in them or in `custom_params`.
+    """
+    if len(each) <= 1:
+        return
+    means: dict[str, int] = {}
+    strings: set[str] = set()
+    for params in each:
+        custom = params.get("custom_params") if isinstance(params, dict) else None
+        for holder in (params, custom):
+            raw = holder.get(ANNEALING) if isinstance(holder, dict) else None
+            if not isinstance(raw, dict):
+                continue
+            for part in (raw, raw.get("thinking"), raw.get("answer")):
+                matched = part.get("mean_matched") if isinstance(part, dict) else None
+                tokens = matched.get("tokens") if isinstance(matched, dict) else None
+                if isinstance(tokens, int):
+                    means[repr(part)] = tokens
+            for name in ("restart_strings", "end_of_thinking_strings"):
+                marks = raw.get(name)
+                strings |= (
+                    {m for m in marks if isinstance(m, str)} if isinstance(marks, list) else set()
+                )
+    if sum(means.values()) > MAX_MEANS:
+        raise AnnealingError(
+            "annealing.mean_matched.tokens",
+            f"of all different schedules of a request must add up to at most {MAX_MEANS:,}, "
+            f"got {sum(means.values()):,}",
+        )
+    if len(strings) > MAX_STRINGS:
+        raise AnnealingError(
+            "annealing.restart_strings",
+            f"must be at most {MAX_STRINGS:,} different ones in a request, got {len(strings):,}",
+        )
+
+
+def seed_each_answer(obj: Any, default: int | None = None) -> list[dict[str, Any]] | None:
+    """Give each answer of a seeded request a seed of its own, which counts up from the request's.
+
+    SGLang gives all of them the same one, and so n copies of one answer. A request for n becomes
+    one for n prompts, in the order that SGLang's answers have. Prompt by prompt, if the request
+    has parameters (and seeds) for each. default: of requests without one. Returns the parameters
+    of all, or None if nothing changed.
+    """
+    own = isinstance(obj.sampling_params, list)
+    each = obj.sampling_params if own else [obj.sampling_params or {}]
+    seeds = [p.get("sampling_seed") for p in each]
+    seeds = [default if seed is None else seed for seed in seeds]
+    name = "text" if obj.text is not None else "input_ids"
+    prompts = getattr(obj, name)
+    several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
+    n = each[0].get("n") or 1
+    if not prompts or not any(type(seed) is int for seed in seeds):
+        return None
+    if (n == 1 and (own or not several)) or any((p.get("n") or 1) != n for p in each):
+        return None
+    prompts = prompts if several else [prompts]
+    params = []
+    for number in range(len(prompts)):
+        base, seed = (each[number], seeds[number]) if own else (each[0], seeds[0])
+        for sample in range(n):
+            place = sample if own else number * n + sample
+            params.append({**base, "n": 1, "sampling_seed": _counted_up(seed, place)})
+    for field in dataclasses.fields(obj):
+        value = prompts if field.name == name else getattr(obj, field.name)
+        if field.name == name or (several and _of_each_prompt(field.name, value, len(prompts))):
+            setattr(obj, field.name, [item for item in value for _ in range(n)])
+    obj.sampling_params = params
+    return params
+
+
+def _counted_up(seed: int | None, by: int) -> int | None:
+    """Within 64 bits, from the highest on to the lowest."""
+    return seed if type(seed) is not int else (seed + by + 2**63) % 2**64 - 2**63
+
+
+def _of_each_prompt(name: str, value: object, num_prompts: int) -> bool:
+    if not isinstance(value, list) or len(value) != num_prompts:
+        return False
+    return name != "token_ids_logprob" or not isinstance(value[0], int)  # these are for all
+
+
 def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
     """Sampling parameters with `annealing` and `rollout` checked and moved to `custom_params`.
 
@@ -208,9 +302,12 @@ def generate_request(
     check_generates(manager)
     if not all(isinstance(p, dict) for p in each):
         return original(manager, obj, request)
+    check_cost(each)
     each = [_completed(into_custom_params(with_default(p)), manager) for p in each]
     if params or any(each):
         obj.sampling_params = each if isinstance(params, list) else each[0]
+    seed = SEED if manager.server_args.enable_deterministic_inference else None
+    each = seed_each_answer(obj, seed) or each
     if not any(asked(p.get("custom_params")) for p in each):
         return original(manager, obj, request)
     if observe_items.get() is not None:

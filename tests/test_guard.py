@@ -22,13 +22,11 @@ from test_server import FAST
 
 from ead_client import Client, EadError, ServerUnavailable
 from ead_server import settings
-from ead_server.guard import (
-    MAX_NESTING,
-    Guard,
-    current_call,
-    nesting_of,
-    sglang_admin_paths,
-)
+from ead_server.bodies import MAX_NESTING, SGLANGS
+from ead_server.body_shape import shape_of
+from ead_server.calls import current_call
+from ead_server.guard import Guard
+from ead_server.keys import refused_key, sglang_admin_paths
 from ead_server.process import ServerProcess
 from ead_server.settings import Settings
 from ead_server.stop_regex import matches_fast
@@ -131,16 +129,14 @@ def test_every_route_that_sglang_marks_is_known() -> None:
 
 def test_without_an_admin_key_what_changes_the_server_is_closed() -> None:
     """The decision alone, on SGLang's own routes: no key, whoever asks, opens them."""
-    guard = Guard(lambda *_: None)  # type: ignore[arg-type, return-value]
-    guard._admin_paths = frozenset({"/flush_cache"})
     current = Settings.model_validate({})
     for key in (b"", b"Bearer ", b"Bearer None", b"Bearer x"):
         scope = {"headers": [(b"authorization", key)]}
-        refusal = guard._refused_key(current, "POST", "/flush_cache", scope)
+        refusal = refused_key(current, "/flush_cache", scope, is_admin=True)
         assert refusal is not None
         assert refusal.status == 403
         assert "--admin-api-key" in refusal.message
-        assert guard._refused_key(current, "POST", "/generate", scope) is None
+        assert refused_key(current, "/generate", scope, is_admin=False) is None
 
 
 def test_keys_show_nowhere(guarded: ServerProcess) -> None:
@@ -428,7 +424,7 @@ def test_nesting_is_counted_where_it_is(value: Any, lists: int, ascii: bool) -> 
     for _ in range(lists):
         value = [value, "[" * 3]
     text = json.dumps(value, ensure_ascii=ascii).encode()
-    assert (nesting_of(text) > MAX_NESTING) == (depth(value) > MAX_NESTING)
+    assert (shape_of(text, SGLANGS).nesting > MAX_NESTING) == (depth(value) > MAX_NESTING)
 
 
 def test_brackets_in_texts_are_no_nesting(guarded: ServerProcess) -> None:

@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import aclosing
 from typing import Any
 
+import regex
+from fastapi import HTTPException
+
 from ead_sampler.requests import ANNEALING, COLUMNS, ROLLOUT, answers_of
 from ead_sampler.schedule import AnnealingError, shown
-from ead_server import metrics
-from ead_server.guard import Call, current_call
+from ead_server import grammars, metrics, stop_regex
+from ead_server.calls import Call, current_call
+from ead_server.errors import LimitExceeded
 from ead_server.settings import Settings
-from ead_server.stop_regex import matches_fast
 
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_STOP_LENGTH = 1024  # characters of a stop string or regex
@@ -31,14 +34,6 @@ _REFUSED = {
     "custom_logit_processor": "it is code that this server would have to run; use `annealing`",
     "positional_embed_overrides": "JSON cannot express it, and what it can kills the scheduler",
 }
-
-
-class LimitExceeded(ValueError):
-    """A request beyond a limit of this server: a 400. `field` names what is too large."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
 
 
 def generate_request(
@@ -83,13 +78,8 @@ def check_limits(obj: Any, limits: Settings) -> None:
         n = 1 if n is None else n
         check_range("n", n, 1, limits.max_n)
         num_answers += n if len(each) > 1 else n * (num_prompts or 1)
-        for name in ("stop", "stop_regex"):
-            strings = list(_flat(param.get(name) or ()))
-            _check_length(name, strings, limits.max_stop)
-            for string in strings:
-                _check_length(name, string, MAX_STOP_LENGTH)
-                if name == "stop_regex":
-                    _check_regex(string)
+        _check_stops(param, limits.max_stop)
+        grammars.check(param)
         _check_numbers(param)
         _check_length("stop_token_ids", param.get("stop_token_ids"), MAX_STOP_TOKENS)
         _check_length("logit_bias", param.get("logit_bias"), MAX_LOGIT_BIAS)
@@ -198,17 +188,37 @@ def check_range(field: str, value: object, low: int, high: int) -> None:
         raise LimitExceeded(field, f"must be an integer in [{low}, {high}], got {shown(value)}")
 
 
-def _check_regex(pattern: Any) -> None:
-    try:
-        fast = matches_fast(pattern)
-    except (re.error, RecursionError, OverflowError, TypeError) as error:
-        raise LimitExceeded("stop_regex", f"is no regular expression ({error})") from None
-    if not fast:
-        raise LimitExceeded(
-            "stop_regex",
-            "could take too long to match: at most one * or + (bound the others, as in {1,9}), "
-            f"and no choices that repeat, got {shown(pattern)}",
-        )
+def _check_stops(param: dict[str, Any], max_stop: int) -> None:
+    """Of `stop` and `stop_regex`: how many, how long, and that each says something: an empty one
+    would end every answer at its first token. Raises LimitExceeded."""
+    strings, patterns = ([*_flat(_absent_as(param.get(n), ()))] for n in ("stop", "stop_regex"))
+    for name, values in (("stop", strings), ("stop_regex", patterns)):
+        _check_length(name, values, max_stop)
+        for value in values:
+            _check_length(name, value, MAX_STOP_LENGTH)
+            if value == "":
+                raise LimitExceeded(name, "must not be empty, got ''")
+    for pattern in patterns:
+        try:
+            fast = stop_regex.matches_fast(pattern)
+            empty = fast and stop_regex.is_empty_match(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError, TypeError) as error:
+            raise LimitExceeded("stop_regex", f"is no regular expression ({error})") from None
+        except TimeoutError:
+            fast, empty = False, False
+        if not fast:
+            raise LimitExceeded(
+                "stop_regex",
+                "could take too long to match: at most one * or + (bound the others, as in "
+                f"{{1,9}}), and no choices that repeat, got {shown(pattern)}",
+            )
+        if empty:
+            message = f"must not match the empty text, got {shown(pattern)}"
+            raise LimitExceeded("stop_regex", message)
+
+
+def _absent_as(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _check_numbers(params: dict[str, Any]) -> None:
@@ -276,14 +286,30 @@ async def _told(items: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
             async for item in items:
                 for _, answer in answers_of(item):
                     meta = answer["meta_info"]
+                    _blame(meta.get("finish_reason"))
                     count, request_id = meta.get("completion_tokens", 0), meta["id"]
                     call.tokens[request_id] = count
                     if meta.get("finish_reason") is not None and count:
                         _count(call, meta, count)
                 yield item
+    except HTTPException as error:
+        said = grammars.failure(error.detail)
+        if said is None:
+            raise
+        call.bad_value = f"the request's grammar cannot be followed: {said}"
+        raise LimitExceeded("response_format", call.bad_value) from None
     except ValueError as error:  # SGLang's way to say that a request is bad
         call.bad_value = str(error)
         raise
+
+
+def _blame(finish_reason: Any) -> None:
+    """A grammar that came to no end is the request's mistake, also in the middle of a stream."""
+    said = grammars.failure((finish_reason or {}).get("message"))
+    if said is not None:
+        finish_reason["message"] = f"the request's grammar cannot be followed: {said}"
+        finish_reason["status_code"] = 400
+        finish_reason["err_type"] = "BadRequestError"
 
 
 def _count(call: Call, meta: dict[str, Any], count: int) -> None:

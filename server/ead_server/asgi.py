@@ -18,8 +18,9 @@ LARGE = 256 << 10  # bytes of JSON, which take about a millisecond to read or wr
 
 def route_of(scope: Any) -> str:
     """The path below a proxy's prefix (--fastapi-root-path); empty for what has none."""
-    path: str = scope.get("path", "")
-    return path.removeprefix(scope.get("root_path", ""))
+    path, root = str(scope.get("path", "")), str(scope.get("root_path", ""))
+    below = path.removeprefix(root)
+    return below if root and below != path and below[:1] in ("", "/") else path
 
 
 def all_routes(routes: Iterable[Any]) -> Iterator[Any]:

@@ -45,6 +45,10 @@ def serve(
     admin_api_key_file: Annotated[
         Path | None, typer.Option(envvar="EAD_ADMIN_API_KEY_FILE", help="A file that holds it.")
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A site whose pages may call this server, https://HOST; *: all."),
+    ] = None,
     weights_root: Annotated[
         Path | None,
         typer.Option(envvar="EAD_WEIGHTS_ROOT", help="Folder that weights may be loaded from."),
@@ -76,9 +80,6 @@ def serve(
     from ead_server import launch
     from ead_server.settings import Settings
 
-    refused = launch.refused_flags(context.args)
-    if refused:
-        raise SystemExit(f"ead: {refused}")
     if restart:
         from ead_server.process import keep_alive
 
@@ -89,6 +90,7 @@ def serve(
             {
                 "api_key": _key(api_key, api_key_file),
                 "admin_api_key": _key(admin_api_key, admin_api_key_file),
+                "cors_origins": tuple(cors_origin or ()),
                 "weights_root": weights_root,
                 "max_body_bytes": max_body_bytes,
                 "max_answers": max_answers,
@@ -99,7 +101,7 @@ def serve(
         )
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        flag = str(first["loc"][0]).replace("_", "-")
+        flag = str(first["loc"][0]).replace("_", "-").replace("origins", "origin")
         raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
     with _said_plainly():
         launch.serve(context.args, settings, annealing)

@@ -1,7 +1,8 @@
-"""OpenAI's error shape."""
+"""OpenAI's error shape, and what is raised for a request that is refused."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -32,3 +33,22 @@ def as_openai_error(body: bytes) -> dict[str, Any]:
         error = {"message": str(error)}
     message = str(error.get("message") or error.get("detail") or error)
     return openai_error(message, error.get("param"), error.get("type"), error.get("code"))
+
+
+class LimitExceeded(ValueError):
+    """A request beyond a limit of this server: a 400. `field` names what is too large."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer of ours in place of the server's."""
+
+    status: int
+    message: str
+    reason: str  # for metrics.count_refused
+    param: str | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import sys
@@ -12,8 +11,9 @@ from typing import Any
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing
 from ead_sampler.requests import unsupported_mode
-from ead_server import ending
-from ead_server.guard import log_to_stderr
+from ead_server import ending, flags
+from ead_server.calls import log_to_stderr
+from ead_server.headers import is_loopback
 from ead_server.process import hold_port
 from ead_server.settings import Settings, current
 
@@ -46,6 +46,7 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     _say(f"device: {device.choose()}")
     if annealing is not None:
         os.environ[DEFAULT_ANNEALING] = annealing
+    arguments = flags.expanded(arguments)
     arguments = with_defaults(arguments, cpu=device.is_cpu())
     settings.export()
     log_to_stderr()
@@ -71,10 +72,14 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     reason = unsupported_mode(server_args, os.environ)
     if default_annealing() is not None and reason is not None:
         raise SystemExit(f"ead: this server cannot honour a default schedule: {reason}")
-    # The keys are the guard's, and stay out of what SGLang prints and shows. To SGLang it only
-    # matters that there is one for admins: some of its routes are closed otherwise.
-    server_args.admin_api_key = "held by ead serve"
-    if not _is_loopback(server_args.host) and settings.api_key is None:
+    refused = flags.refused(server_args, os.environ)
+    if refused is not None:
+        flags.refuse(refused)
+    settings = flags.with_keys_of(settings, server_args)
+    on_loopback = is_loopback(server_args.host)
+    settings = settings.model_copy(update={"on_loopback": on_loopback})
+    settings.export()
+    if not on_loopback and settings.api_key is None:
         _say(
             f"WARNING: listening on {server_args.host} without an API key: whoever reaches this "
             "port can generate without limit; set EAD_API_KEY or --api-key-file"
@@ -91,27 +96,6 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
 
 def _say(line: str) -> None:
     print(f"ead: {line}", file=sys.stderr, flush=True)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def refused_flags(arguments: list[str]) -> str | None:
-    """Why a flag of SGLang's is not taken by `ead serve`, or None."""
-    for argument in arguments:
-        reason = _REFUSED_FLAGS.get(_flag(argument))
-        if reason is not None:
-            return f"{_flag(argument)}: {reason}"
-    return None
-
-
-_REFUSED_FLAGS = {
-    "--enable-custom-logit-processor": "unpickles code that clients send; use `annealing`",
-}
 
 
 # --- hooks, see ead_sampler.plugin ----------------------------------------------------------------

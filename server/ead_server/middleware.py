@@ -11,20 +11,24 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
+from starlette.middleware.cors import CORSMiddleware
 
 from ead_sampler.defaults import default_annealing
 from ead_sampler.requests import (
     ANNEALING,
     ROLLOUT,
+    check_cost,
     into_custom_params,
     observe_items,
     wants_arrays,
     with_default,
 )
 from ead_sampler.schedule import AnnealingError
+from ead_server import settings
 from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
+from ead_server.bodies import may_name
+from ead_server.calls import tell_refused
 from ead_server.errors import as_openai_error, openai_error
-from ead_server.guard import tell_refused
 from ead_server.recorder import Recorder
 
 Json = dict[str, Any]
@@ -47,7 +51,6 @@ WITHOUT_FIELDS = (
 )
 ROUTES = (*OPENAI_ROUTES, "/generate", *WITHOUT_FIELDS)
 _NAMES = (ANNEALING, ROLLOUT)
-_MAY_ASK = (*(name.encode() for name in _NAMES), rb"\u00")  # JSON may spell letters as escapes
 
 
 def install() -> None:
@@ -57,10 +60,20 @@ def install() -> None:
     from ead_server.guard import Guard
     from ead_server.routes import install_routes
 
-    if not any(added.cls is AnnealingMiddleware for added in app.user_middleware):
-        app.add_middleware(AnnealingMiddleware)
-        app.add_middleware(Guard)  # the later one is the outer one
-        install_routes(app)
+    if any(added.cls is AnnealingMiddleware for added in app.user_middleware):
+        return
+    app.add_middleware(AnnealingMiddleware)
+    app.add_middleware(Guard)  # the later one is the outer one
+    if (current := settings.current()) is not None:
+        # SGLang's lets the pages of every site read every answer; ours also marks the guard's own
+        app.user_middleware[:] = [a for a in app.user_middleware if a.cls is not CORSMiddleware]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(current.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    install_routes(app)
 
 
 class AnnealingMiddleware:
@@ -77,7 +90,7 @@ class AnnealingMiddleware:
         body = await read_body(receive)
         if body is None:  # the client is gone
             return
-        if not any(field in body for field in _MAY_ASK) and default_annealing() is None:
+        if not may_name(body, *_NAMES) and default_annealing() is None:
             await self.app(scope, replay(body, receive), send)
             return
         try:
@@ -127,6 +140,7 @@ def _rewrite(path: str, request: Any) -> Any:
     if isinstance(params, dict):
         rewritten: Any = into_custom_params(params)
     elif isinstance(params, list):
+        check_cost(params)
         rewritten = [into_custom_params(p) if isinstance(p, dict) else p for p in params]
         if all(new is old for new, old in zip(rewritten, params, strict=True)):
             rewritten = params

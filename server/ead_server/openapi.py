@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from ead_sampler.schedule import DEFAULT_SCHEDULE, REGISTRY
 from ead_server import packing
-from ead_server.guard import ADMIN_ROUTES, OPEN
+from ead_server.keys import ADMIN_ROUTES, OPEN
 from ead_server.rollouts import RolloutRequest
 
 Json = dict[str, Any]

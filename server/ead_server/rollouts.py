@@ -10,12 +10,14 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import cache
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import SchemaValidator, ValidationError
 
 from ead_sampler.defaults import with_step
 from ead_sampler.requests import (
@@ -23,6 +25,7 @@ from ead_sampler.requests import (
     COLUMNS,
     ENTROPIES,
     ROLLOUT,
+    SEED,
     check_generates,
     check_sampling,
     check_server_mode,
@@ -30,16 +33,17 @@ from ead_sampler.requests import (
 )
 from ead_sampler.schedule import AnnealingError, parse_annealing
 from ead_server.admission import check_range, check_token_ids, check_types
-from ead_server.errors import openai_error
+from ead_server.errors import LimitExceeded, openai_error
+from ead_server.first_mistake import validator_of
 from ead_server.recorder import said_of
 
 Json = dict[str, Any]
 
 # SGLang's own defaults, which a model's generation_config would otherwise change silently
-UNTRUNCATED = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
-# What SGLang takes for a request without one under --enable-deterministic-inference, where answers
-# of one group would otherwise be copies of each other.
-SEED = 42
+# (and of 128 tokens; null: as many as fit the context)
+UNTRUNCATED = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_new_tokens": None}
+MAX_MESSAGE = 2_000  # characters of an error
+MAX_PROMPTS = 65_536  # of one request, whatever --max-answers is
 MAX_SEED = 1 << 62  # either sign; the seeds that count up from it fit 64 bits
 
 
@@ -114,11 +118,18 @@ class Prompt(FewKeys):
 _PromptForms = str | Annotated[TokenIds, Field(min_length=1)] | list[Json] | Prompt
 
 
+def _few_prompts(raw: Any) -> Any:
+    if isinstance(raw, list) and len(raw) > MAX_PROMPTS:  # counted before anything is made of them
+        raise ValueError(f"must be at most {MAX_PROMPTS:,}, got {len(raw):,}")
+    return raw
+
+
 class RolloutRequest(FewKeys):
     """Many prompts, n answers to each, one schedule."""
 
-    prompts: list[
-        Annotated[Prompt, BeforeValidator(_as_prompt, json_schema_input_type=_PromptForms)]
+    prompts: Annotated[
+        list[Annotated[Prompt, BeforeValidator(_as_prompt, json_schema_input_type=_PromptForms)]],
+        BeforeValidator(_few_prompts),
     ] = Field(
         min_length=1,
         fail_fast=True,
@@ -132,7 +143,8 @@ class RolloutRequest(FewKeys):
     sampling_params: Json = Field(
         {},
         description="SGLang's sampling parameters (max_new_tokens, stop, top_p, ...). Nothing is "
-        "truncated unless told here, whatever the model's own defaults are. sampling_seed: of the "
+        "truncated unless told here, whatever the model's own defaults are: without "
+        "max_new_tokens, an answer may go on to the end of the context. sampling_seed: of the "
         "request's first answer; the others count up from it, group by group",
     )
     entropies: bool = Field(False, description="also the next-token entropies, in nats")
@@ -197,6 +209,7 @@ class Group:
         """Generate all answers. What goes wrong is told in `error` here or in an answer."""
         try:
             token_ids = await engine.token_ids(self.prompt) + self.prompt.prefix_token_ids
+            engine.check_fits(token_ids)
             check_token_ids(token_ids, engine.manager.model_config.vocab_size)
             self.prompt_token_ids = np.asarray(token_ids, np.int32)
             if self.n > 1:  # as SGLang does: the prompt is computed once, then found in the cache
@@ -241,12 +254,25 @@ def _typed(error: Exception) -> Json:
     """An exception as OpenAI's error object, never with a stack trace."""
     if isinstance(error, ValueError):
         field = getattr(error, "field", None)
-        return dict(openai_error(str(error), field, code=400)["error"])
+        return dict(openai_error(str(error)[:MAX_MESSAGE], field, code=400)["error"])
     if isinstance(error, HTTPException):
         message = str(error.detail)
         return dict(openai_error(message, None, "server_error", error.status_code)["error"])
     message = f"{type(error).__name__} in the server"
     return dict(openai_error(message, None, "server_error", 500)["error"])
+
+
+@cache
+def _tokenize_request() -> SchemaValidator:
+    """Reads what SGLang's route for tokenising takes; its own finds every mistake of a message."""
+    from sglang.srt.entrypoints.openai.protocol import TokenizeRequest
+
+    return validator_of(TokenizeRequest)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Where pydantic found a mistake, without the names of its own validators."""
+    return ".".join(str(part) for part in loc if "[" not in str(part))
 
 
 class Engine:
@@ -259,18 +285,27 @@ class Engine:
         self.manager = get_global_state().tokenizer_manager
         check_generates(self.manager)
 
+    def check_fits(self, token_ids: list[int]) -> None:
+        """Raises LimitExceeded, before anything else looks at each token."""
+        limit = self.manager.model_config.context_len
+        if len(token_ids) >= limit:
+            message = f"must have fewer than {limit:,} tokens, got {len(token_ids):,}"
+            raise LimitExceeded("prompts", message)
+
     async def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens, as SGLang's own routes would make them. Raises ValueError."""
         if prompt.token_ids is not None:
             return prompt.token_ids
-        from sglang.srt.entrypoints.openai.protocol import TokenizeRequest, TokenizeResponse
+        from sglang.srt.entrypoints.openai.protocol import TokenizeResponse
 
         if self.manager.tokenizer is None:
             raise AnnealingError("prompts", "needs a tokenizer, which this server has not")
-        # model_validate: a message that is none is a ValueError too
-        request = TokenizeRequest.model_validate(
-            {"prompt": prompt.text, "messages": prompt.messages}
-        )
+        raw = {"prompt": prompt.text, "messages": prompt.messages}
+        try:
+            request = _tokenize_request().validate_python(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise AnnealingError("prompts", f"{_place(first['loc'])}: {first['msg']}") from None
         serving = self.app.state.openai_serving_tokenize
         answer = await serving.handle_request(request, None)
         if not isinstance(answer, TokenizeResponse):
@@ -313,10 +348,33 @@ class Job:
     def done(self) -> bool:
         return all(task.done() for task in self.tasks)
 
+    def when_done(self, then: Callable[[], None]) -> None:
+        """Call this when all groups are."""
+        left = len(self.tasks)
+
+        def count(_: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                then()
+
+        for task in self.tasks:
+            task.add_done_callback(count)
+
     def cancel(self) -> None:
         """Stop what is still running; the engine is free at once."""
         for task in self.tasks:
             task.cancel()
+
+    @property
+    def num_bytes(self) -> int:
+        """What its answers take in memory now, about."""
+        answers = (answer for group in self.groups for answer in group.answers)
+        return sum(
+            len(value) if isinstance(value, str) else getattr(value, "nbytes", 0)
+            for answer in answers
+            for value in answer.values()
+        )
 
     def about(self) -> Json:
         """Which job this is, and as what."""
@@ -348,13 +406,14 @@ class KeptJobs:
     """Jobs by idempotency key, so that a call that is made again finds the work of the first.
 
     A job with a key goes on when its client is gone, since it will be asked for again; its groups
-    are kept for `keep_s` seconds after the last one asked. Of at most `max_jobs`, then: without
-    clients, nothing else bounds them.
+    are kept for `keep_s` seconds after the last one asked. Of at most `max_jobs` in `max_bytes`,
+    then: without clients, nothing else bounds them.
     """
 
-    def __init__(self, keep_s: float = 600.0, max_jobs: int = 64) -> None:
+    def __init__(self, keep_s: float = 600.0, max_jobs: int = 64, max_bytes: int = 1 << 30) -> None:
         self.keep_s = keep_s
         self.max_jobs = max_jobs
+        self.max_bytes = max_bytes
         self._jobs: dict[str, tuple[bytes, Job, float]] = {}  # by key, oldest first
 
     def find(self, key: str, body: bytes) -> Job | None:
@@ -362,8 +421,11 @@ class KeptJobs:
         and no room for it."""
         self._forget()
         if key not in self._jobs:
-            if sum(not job.done for _, job, _ in self._jobs.values()) >= self.max_jobs:
+            running = [job for _, job, _ in self._jobs.values() if not job.done]
+            if len(running) >= self.max_jobs:
                 raise TooManyJobs(f"{self.max_jobs} jobs with an Idempotency-Key are running")
+            if (size := sum(job.num_bytes for job in running)) >= self.max_bytes:
+                raise TooManyJobs(f"running jobs with an Idempotency-Key take {size:,} bytes")
             return None
         fingerprint, job, _ = self._jobs.pop(key)
         self._jobs[key] = (fingerprint, job, time.monotonic())
@@ -374,13 +436,16 @@ class KeptJobs:
     def keep(self, key: str, body: bytes, job: Job) -> None:
         self._jobs[key] = (hashlib.sha256(body).digest(), job, time.monotonic())
         self._forget()
+        job.when_done(self._forget)  # older jobs make room for its answers
         asyncio.get_running_loop().call_later(self.keep_s + 1, self._forget)
 
     def _forget(self) -> None:
         now = time.monotonic()
+        size = sum(job.num_bytes for _, job, _ in self._jobs.values())
         for key, (_, job, asked_at) in list(self._jobs.items()):
-            too_many = len(self._jobs) > self.max_jobs and job.done
-            if too_many or now - asked_at > self.keep_s:
+            too_many = len(self._jobs) > self.max_jobs or size > self.max_bytes
+            if (too_many and job.done) or now - asked_at > self.keep_s:
+                size -= job.num_bytes
                 job.cancel()
                 del self._jobs[key]
 

@@ -20,11 +20,11 @@ from ead_sampler.kinds import PRESETS
 from ead_sampler.requests import ANNEALING, check_server_mode
 from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
 from ead_server import metrics, packing, preview, settings
-from ead_server.admission import LimitExceeded, check_range
+from ead_server.admission import check_range
 from ead_server.asgi import all_routes, off_loop, route_of
-from ead_server.errors import openai_error
+from ead_server.errors import LimitExceeded, openai_error
 from ead_server.first_mistake import stop_at_first_mistake
-from ead_server.guard import PAGE, sglang_admin_paths
+from ead_server.keys import PAGE, sglang_admin_paths
 from ead_server.openapi import complete
 from ead_server.rollouts import Engine, Group, Job, KeptJobs, RolloutRequest, plan, until_gone
 from ead_server.routing import OpenAIErrorsRoute, refused_values

@@ -13,9 +13,8 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 from ead_sampler.schedule import AnnealingError, shown
-from ead_server.admission import LimitExceeded
-from ead_server.errors import openai_error
-from ead_server.guard import tell_refused
+from ead_server.calls import tell_refused
+from ead_server.errors import LimitExceeded, openai_error
 from ead_server.rollouts import KeyReused, TooManyJobs
 from ead_server.weight_files import WeightsRefused
 

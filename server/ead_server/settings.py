@@ -12,8 +12,9 @@ import secrets
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 _VARIABLE = "EAD_SETTINGS"  # environment: Settings as JSON
 
@@ -27,6 +28,9 @@ class Settings(BaseModel):
     admin_api_key: str | None = Field(None, repr=False, min_length=1)  # None: nobody may
     # opens everything, and only SGLang has it: for the requests that it sends itself at its start
     warm_up_key: str = Field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    # sites whose pages may call this server, as https://example.org; "*": all
+    cors_origins: tuple[str, ...] = ()
+    on_loopback: bool = False  # whether it listens for this machine alone
     weights_root: Path | None = None  # folder that weights are loaded from; None: from nowhere
     max_body_bytes: int = Field(32 << 20, ge=1024)
     max_answers: int = Field(4096, ge=1)  # prompts times n
@@ -39,6 +43,16 @@ class Settings(BaseModel):
     def export(self) -> None:
         """Make these the settings of this process and of all that it starts."""
         os.environ[_VARIABLE] = self.model_dump_json()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            whole = parts.scheme in ("http", "https") and parts.netloc
+            if origin != "*" and not (whole and origin == f"{parts.scheme}://{parts.netloc}"):
+                raise ValueError(f"must be SCHEME://HOST[:PORT] or *, got {origin!r:.100}")
+        return origins
 
 
 def read_key(value: str | None, file: str | Path | None) -> str | None:

@@ -1,13 +1,23 @@
-"""Whether a regular expression is matched fast, whatever the text.
+"""Regular expressions that end an answer, looked for in bounded time.
 
-SGLang matches a `stop_regex` with Python's backtracking engine, after every token and in its
-scheduler: one that takes exponential time would stop all requests for good.
+SGLang looks for a `stop_regex` with Python's backtracking engine, after every token and in its
+scheduler, where one that takes long stops all requests. So what takes exponential time is refused
+before the work; and since any other may still take long on a text that is made for it, the search
+has a time limit, at which its request alone ends.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from http import HTTPStatus
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
+
+import regex
+
+MAX_SECONDS = 0.02  # for all expressions of a request, after one token
+MAX_TAIL = 1024  # tokens at the answer's end that are looked through, and so of a match
 
 MAX_WAYS = 10_000
 ENDLESS = 1_000  # what an endless repeat counts as
@@ -46,3 +56,52 @@ _PARTS = {  # what holds one more pattern, and where
     parser.ASSERT_NOT: 1,
     parser.ATOMIC_GROUP: slice(None),
 }
+
+
+def is_empty_match(pattern: str) -> bool:
+    """Whether it is found in every text, even the empty one. Raises what `regex` does of a pattern
+    that is none, and TimeoutError."""
+    return regex.search(pattern, "", timeout=MAX_SECONDS) is not None
+
+
+def check_stops(original: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
+    """AROUND Req._check_str_based_finish: whether a stop string or expression ends the answer.
+
+    Strings are still SGLang's to look for; expressions are looked for here. new_accepted_len: how
+    many tokens the last step gave (more than one in speculative decoding).
+    """
+    params = req.sampling_params
+    patterns, max_len = params.stop_regex_strs, params.stop_regex_max_len
+    if not patterns:
+        return original(req, new_accepted_len)
+    num_tokens = min(max(params.stop_str_max_len, max_len) + 1, MAX_TAIL) + new_accepted_len - 1
+    params.stop_regex_strs, params.stop_regex_max_len = [], 0
+    try:
+        if original(req, new_accepted_len):
+            return True
+    finally:
+        params.stop_regex_strs, params.stop_regex_max_len = patterns, max_len
+    return _found(req, patterns, num_tokens, new_accepted_len)
+
+
+def _found(req: Any, patterns: list[str], num_tokens: int, new_accepted_len: int) -> bool:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISHED_MATCHED_REGEX
+
+    deadline = time.monotonic() + MAX_SECONDS
+    end = len(req.output_ids)
+    start = max(end - num_tokens, 0)
+    try:
+        # what ends before the new tokens was looked for in the steps before
+        for stop in range(end - new_accepted_len + 1, end + 1):
+            text = req.tokenizer.decode(req.output_ids[start:stop])
+            for pattern in patterns:
+                left = max(deadline - time.monotonic(), 1e-4)
+                if regex.search(pattern, text, timeout=left) is not None:
+                    req.finished_reason = FINISHED_MATCHED_REGEX(matched=pattern)
+                    req.finished_len = stop
+                    return True
+    except (TimeoutError, regex.error, RecursionError, MemoryError) as error:
+        reason = str(error) or f"took longer than {MAX_SECONDS * 1e3:.0f} ms to look for"
+        message = f"stop_regex: {reason}"
+        req.finished_reason = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
+    return False

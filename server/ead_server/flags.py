@@ -1,0 +1,102 @@
+"""SGLang's own flags, files and environment: what `ead serve` adopts, and refuses at start.
+
+SGLang can be told the same as a flag, as a flag cut short (`--api-k`), in a file (`--config`) and
+by a variable. So what matters is read from the arguments as SGLang has parsed them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from ead_server.settings import Settings
+
+_UNGUARDED = "opens another way in, without the keys and limits of `ead serve`"
+REFUSED = {  # fields of SGLang's ServerArgs
+    "enable_custom_logit_processor": "unpickles code that clients send; use `annealing`",
+    "grpc_mode": _UNGUARDED,
+    "smg_grpc_mode": _UNGUARDED,
+    "grpc_port": _UNGUARDED,
+    "encoder_only": "starts another server than the one that is extended here",
+    "enable_http2": "runs another HTTP server than the one that is ended in time here",
+}
+REFUSED_VARIABLES = {
+    "SGLANG_ENABLE_REQUEST_DECOMPRESSION": "a small request would become a large one unseen",
+    "DUMPER_SERVER_PORT": _UNGUARDED,
+    "SGLANG_GRPC_PORT": _UNGUARDED,
+}
+_HELD = "held by ead serve"
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the whole names of flags, and those of a `--config` file among them.
+
+    Raises SystemExit for a file that cannot be read.
+    """
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = argparse.ArgumentParser(add_help=False)
+    ServerArgs.add_cli_args(parser)
+    known = parser._option_string_actions
+    whole: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        meant = [name for name in known if name.startswith(flag)]
+        if flag.startswith("--") and len(flag) > 2 and flag not in known and len(meant) == 1:
+            argument = meant[0] + equals + value
+        if argument.startswith("--config="):
+            whole += ["--config", argument.partition("=")[2]]
+        else:
+            whole.append(argument)
+    try:
+        return list(ConfigArgumentMerger(parser).merge_config_with_args(whole))
+    except (OSError, ValueError) as error:
+        refuse(f"--config: {error}")
+
+
+def refuse(message: str) -> NoReturn:
+    """End with the status of a wrong command line, with which no supervisor starts it again."""
+    print(f"ead: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def refused(server_args: Any, environ: Mapping[str, str]) -> str | None:
+    """Why a setting of SGLang's is not taken, naming it, or None."""
+    for name, reason in REFUSED.items():
+        if getattr(server_args, name, None):
+            return f"--{name.replace('_', '-')}: {reason}"
+    for name, reason in REFUSED_VARIABLES.items():
+        if environ.get(name, "").lower() not in ("", "0", "false", "no", "off", "-1"):
+            return f"{name}: {reason}"
+    return None
+
+
+def with_keys_of(settings: Settings, server_args: Any) -> Settings:
+    """The settings with the keys that SGLang was given its own way; SGLang itself forgets them.
+
+    They are the guard's to check, and stay out of what SGLang prints and shows. To SGLang it only
+    matters that there is one for admins: some of its routes are closed otherwise. Raises SystemExit
+    where two keys are given for the same thing.
+    """
+    found = {}
+    for name in ("api_key", "admin_api_key"):
+        theirs, ours = getattr(server_args, name), getattr(settings, name)
+        if theirs and ours and theirs != ours:
+            flag = name.replace("_", "-")
+            refuse(f"--{flag} is given twice, with different keys (in SGLang's --config?)")
+        if theirs:
+            found[name] = theirs
+            _forget(server_args, theirs)
+    server_args.api_key, server_args.admin_api_key = None, _HELD
+    return settings.model_copy(update=found)
+
+
+def _forget(server_args: Any, secret: str) -> None:
+    command = getattr(server_args, "_launch_command", None)  # shown on /server_info
+    if isinstance(command, str):
+        server_args._launch_command = command.replace(secret, "***")
+    elif isinstance(command, (list, tuple)):
+        server_args._launch_command = [str(word).replace(secret, "***") for word in command]

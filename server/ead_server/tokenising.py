@@ -1,0 +1,27 @@
+"""Long texts to tokens in a thread: SGLang makes them between other clients' answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from ead_server.calls import current_call
+
+LONG = 64 << 10  # bytes of a call's body; as many characters take some 20 ms
+
+
+async def in_a_thread(
+    original: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **keys: Any
+) -> Any:
+    """AROUND SGLang's coroutines that wait for nothing: of a long call, in a thread.
+
+    The tokenizer gives up Python's lock while it works. Not where SGLang has a queue for it
+    (--enable-dynamic-batch-tokenizer), which is bound to the event loop.
+    """
+    call = current_call.get()
+    manager = getattr(args[0], "tokenizer_manager", args[0])
+    queued = manager.async_dynamic_batch_tokenizer is not None
+    if call is None or call.bytes_in < LONG or queued:
+        return await original(*args, **keys)
+    return await asyncio.to_thread(lambda: asyncio.run(original(*args, **keys)))
