@@ -1,4 +1,4 @@
-"""Who gets in: every route x method x spelling x credential, and what SGLang is told its own way."""
+"""Who gets in: every route, method, spelling and key, and what SGLang is told its own way."""
 
 from __future__ import annotations
 

@@ -286,30 +286,25 @@ async def _told(items: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
             async for item in items:
                 for _, answer in answers_of(item):
                     meta = answer["meta_info"]
-                    _blame(meta.get("finish_reason"))
+                    _check_followed(meta.get("finish_reason"))
                     count, request_id = meta.get("completion_tokens", 0), meta["id"]
                     call.tokens[request_id] = count
                     if meta.get("finish_reason") is not None and count:
                         _count(call, meta, count)
                 yield item
-    except HTTPException as error:
-        said = grammars.failure(error.detail)
-        if said is None:
-            raise
-        call.bad_value = f"the request's grammar cannot be followed: {said}"
-        raise LimitExceeded("response_format", call.bad_value) from None
+    except HTTPException as error:  # how it says the same where nothing is streamed
+        _check_followed({"message": error.detail})
+        raise
     except ValueError as error:  # SGLang's way to say that a request is bad
         call.bad_value = str(error)
         raise
 
 
-def _blame(finish_reason: Any) -> None:
-    """A grammar that came to no end is the request's mistake, also in the middle of a stream."""
+def _check_followed(finish_reason: Any) -> None:
+    """A grammar that came to no end is the request's own mistake. Raises LimitExceeded."""
     said = grammars.failure((finish_reason or {}).get("message"))
     if said is not None:
-        finish_reason["message"] = f"the request's grammar cannot be followed: {said}"
-        finish_reason["status_code"] = 400
-        finish_reason["err_type"] = "BadRequestError"
+        raise LimitExceeded("response_format", f"cannot be followed: {said}")
 
 
 def _count(call: Call, meta: dict[str, Any], count: int) -> None:

@@ -89,6 +89,8 @@ def _takes_null(schema: Any) -> bool:
     if kind == "union":
         choices = (c[0] if isinstance(c, tuple) else c for c in schema["choices"])
         return any(map(_takes_null, choices))
+    if kind == "function-after":
+        return _takes_null(schema["schema"])
     if kind == "literal":
         return None in schema["expected"]
     return kind not in _NEVER_NULL

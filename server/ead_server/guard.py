@@ -26,6 +26,7 @@ from ead_server.asgi import (
 )
 from ead_server.calls import Call, current_call, tell
 from ead_server.ending import while_it_starts
+from ead_server.error_answers import OpenAIErrors
 from ead_server.errors import Refusal, openai_error
 from ead_server.headers import UPLOADS, is_preflight, refused_headers
 from ead_server.keys import ADMIN_ROUTES, OPEN, bearer, is_key, refused_key, sglang_admin_paths
@@ -104,7 +105,7 @@ class Guard:
                 await _refuse(observed, body)
             elif body is not None:
                 receive = receive if path in STREAMED else replay(body, receive)
-                await self.app(scope, receive, observed)
+                await self.app(scope, receive, OpenAIErrors(observed))
         except Exception as error:
             bad = call.bad_value if isinstance(error, ValueError) else None
             if not call.status:

@@ -28,6 +28,7 @@ from ead_server import settings
 from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
 from ead_server.bodies import may_name
 from ead_server.calls import tell_refused
+from ead_server.error_answers import OpenAIErrors
 from ead_server.errors import as_openai_error, openai_error
 from ead_server.recorder import Recorder
 
@@ -112,7 +113,7 @@ class AnnealingMiddleware:
         receive = replay(orjson.dumps(rewritten), receive)
         if path not in OPENAI_ROUTES or not wants_arrays(rewritten["custom_params"]):
             # nothing to add: /generate carries the arrays in meta_info
-            await self.app(scope, receive, _OpenAIErrors(send))
+            await self.app(scope, receive, OpenAIErrors(send))
             return
         recorder = Recorder()
         token = observe_items.set(recorder.observe)
@@ -163,28 +164,6 @@ def _from_template_kwargs(request: Json) -> Json:
 
 
 # --- answers -----------------------------------------------------------------------------------
-
-
-class _OpenAIErrors:
-    """A `send` that turns SGLang's error bodies into OpenAI's shape and leaves the rest alone."""
-
-    def __init__(self, send: Send) -> None:
-        self.send = send
-        self.start: Message = {}
-        self.body = b""
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.start = message
-            if message["status"] < 400:
-                await self.send(message)
-        elif self.start.get("status", 200) < 400:
-            await self.send(message)
-        else:
-            self.body += message.get("body", b"")
-            if not message.get("more_body", False):
-                error = as_openai_error(self.body)
-                await send_json(self.send, self.start["status"], error, self.start["headers"])
 
 
 class _Enriched:
