@@ -232,7 +232,21 @@ class Piecewise(PositionSchedule):
 
     schedule: Literal["piecewise"] = "piecewise"
     knots: list[Annotated[list[float], Field(fail_fast=True)]] = Field(
-        ..., min_length=1, max_length=MAX_KNOTS, description="[[t, tau], ...], t rising"
+        ...,
+        min_length=1,
+        max_length=MAX_KNOTS,
+        description="[[t, tau], ...], t rising",
+        json_schema_extra={
+            "items": {
+                "type": "array",
+                "minItems": 2,
+                "maxItems": 2,
+                "prefixItems": [
+                    {"type": "number", "minimum": 0, "maximum": 1e9},
+                    {"type": "number", "minimum": TAU_LOWEST, "maximum": TAU_HIGHEST},
+                ],
+            }
+        },
     )
 
     @field_validator("knots")

@@ -140,8 +140,14 @@ HOOKS = (
         for target, parameters in (
             (f"{_MANAGER}._tokenize_texts", "self texts is_cross_encoder"),
             (f"{_TOKENIZE}.OpenAIServingTokenize.{_HANDLE}", _HANDLE_PARAMETERS),
-            (f"{_TOKENIZE}.OpenAIServingDetokenize.{_HANDLE}", _HANDLE_PARAMETERS),
         )
+    ),
+    Hook(
+        f"{_TOKENIZE}.OpenAIServingDetokenize.{_HANDLE}",
+        _HANDLE_PARAMETERS,
+        "AROUND",
+        "ead_server.tokenising:detokenize",
+        "a token id that the model has not is an error of the server; and as above",
     ),
     Hook(
         "sglang.srt.sampling.sampling_params.SamplingParams.verify",

@@ -33,6 +33,25 @@ class AnnealingError(ValueError):
         self.message = message
 
 
+def with_integers(model: type[BaseModel], raw: Any) -> Any:
+    """A model's raw values, those of its integer fields as integers where they are whole.
+
+    JSON has one kind of number, and to JSON Schema 342.0 is an integer.
+    """
+    if not isinstance(raw, dict) or not any(type(value) is float for value in raw.values()):
+        return raw
+    fields = model.model_fields
+    return {
+        key: int(value)
+        if type(value) is float
+        and value.is_integer()
+        and key in fields
+        and int in (fields[key].annotation, *_members(fields[key].annotation))
+        else value
+        for key, value in raw.items()
+    }
+
+
 class _Checked(BaseModel):
     """Every number finite and in range, no unknown keys, nothing converted."""
 
@@ -43,7 +62,7 @@ class _Checked(BaseModel):
     def _few_keys(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and len(raw) > 100:  # pydantic would tell of each
             raise AnnealingError("annealing", "has too many keys")
-        return raw
+        return with_integers(cls, raw)
 
 
 class Annealing(_Checked):

@@ -11,8 +11,10 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Ma
 from typing import Any, TypeVar
 
 import httpx
+import numpy as np
 from pydantic import ValidationError
 
+from ead_client._address import address_of
 from ead_client._errors import (
     ApiError,
     ConnectionFailed,
@@ -60,7 +62,7 @@ class _Calls:
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
         if not urls:
             raise ValueError("base_url: needs one server at least")
-        self.base_urls = [url.rstrip("/") for url in urls]
+        self.base_urls = [address_of(url) for url in urls]
         self.base_url = self.base_urls[0]
         self.model = model
         self._retries = retries
@@ -129,14 +131,14 @@ class _Calls:
         **fields: Any,
     ) -> tuple[Json, dict[str, str]]:
         """Body and headers; `fields` are the request's own (n, entropies, texts)."""
-        sent = [dict(p) if isinstance(p, Mapping) else p for p in prompts]
-        body: Json = {"prompts": sent, **fields}
+        alone = isinstance(prompts, str | Mapping)  # one prompt, and not its letters or keys
+        body: Json = {"prompts": _plain([prompts] if alone else prompts), **fields}
         if annealing is not None:
             body["annealing"] = dict(annealing)
         headers = {"accept": accept}
         if idempotency_key:
             headers["idempotency-key"] = idempotency_key
-        return {**body, "sampling_params": sampling_params}, headers
+        return {**body, "sampling_params": _plain(sampling_params)}, headers
 
 
 class _Clock:
@@ -163,6 +165,17 @@ class _Clock:
         if left <= 0:
             raise TimedOut(f"no whole answer within the deadline of {self._deadline:g} s")
         return left
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: arrays, as answers have them, as lists."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not (value and type(value[0]) is int):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _asked(annealing: Annealing, rollout: bool | Mapping[str, bool]) -> Json:

@@ -98,12 +98,12 @@ def check_limits(obj: Any, limits: Settings) -> None:
         _check_length("token_ids_logprob", token_ids, MAX_TOKEN_IDS_LOGPROB)
 
 
-def check_token_ids(token_ids: list[int], vocab_size: int) -> None:
+def check_token_ids(token_ids: list[int], vocab_size: int, field: str = "input_ids") -> None:
     """Raises LimitExceeded for those that the model has not."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise LimitExceeded(
-                "input_ids", f"must be token ids in [0, {vocab_size - 1}], got {token_id}"
+                field, f"must be token ids in [0, {vocab_size - 1}], got {token_id}"
             )
 
 

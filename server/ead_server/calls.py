@@ -24,6 +24,7 @@ class Call:
     settings: Settings
     started: float = field(default_factory=time.perf_counter)
     status: int = 0  # 0: the client left before an answer
+    left: bool = False  # whether the client did, before the end
     bytes_in: int = 0  # of the body
     bytes_out: int = 0
     answers: int = 0
@@ -45,6 +46,8 @@ def tell_refused(reason: str) -> None:
 
 def tell(call: Call) -> None:
     """Count the request, and write its line."""
+    if call.left and call.status >= 400:  # the answer that SGLang has for nobody
+        call.status, call.refused = 0, None
     if call.refused is None and call.status >= 400:
         call.refused = "invalid" if call.status < 500 else "error"
     if call.refused is not None:

@@ -81,6 +81,11 @@ class Guard:
     ) -> None:
         call = Call(scope["method"], path, current)
 
+        async def heard() -> Message:
+            message = await receive()
+            call.left = call.left or message["type"] == "http.disconnect"
+            return message
+
         async def observed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
@@ -104,8 +109,8 @@ class Guard:
                 call.refused = body.reason
                 await _refuse(observed, body)
             elif body is not None:
-                receive = receive if path in STREAMED else replay(body, receive)
-                await self.app(scope, receive, OpenAIErrors(observed))
+                given = heard if path in STREAMED else replay(body, heard)
+                await self.app(scope, given, OpenAIErrors(observed))
         except Exception as error:
             bad = call.bad_value if isinstance(error, ValueError) else None
             if not call.status:

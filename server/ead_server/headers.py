@@ -25,6 +25,7 @@ ONCE = (
     b"host",
     b"idempotency-key",
     b"origin",
+    b"x-api-key",
 )
 UPLOADS = ("/v1/audio/transcriptions",)  # whose bodies are files and not JSON
 

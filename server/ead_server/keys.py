@@ -57,8 +57,11 @@ def sglang_admin_paths(routes: Iterable[Any]) -> Iterable[str]:
 
 
 def bearer(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The key that a call brings; empty for none."""
-    value = dict(headers).get(b"authorization", b"").decode("latin-1")
+    """The key that a call brings; empty for none. Anthropic's clients have their own header."""
+    given = dict(headers)
+    if b"authorization" not in given:
+        return given.get(b"x-api-key", b"").decode("latin-1").strip()
+    value = given[b"authorization"].decode("latin-1")
     scheme, _, key = value.partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
 

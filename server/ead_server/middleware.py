@@ -111,9 +111,11 @@ class AnnealingMiddleware:
 
         scope = {**scope, "headers": _without_length(scope["headers"])}
         receive = replay(orjson.dumps(rewritten), receive)
-        if path not in OPENAI_ROUTES or not wants_arrays(rewritten["custom_params"]):
-            # nothing to add: /generate carries the arrays in meta_info
+        if path not in OPENAI_ROUTES:  # /generate carries the arrays in meta_info
             await self.app(scope, receive, OpenAIErrors(send))
+            return
+        if not wants_arrays(rewritten["custom_params"]):
+            await self.app(scope, receive, _Enriched(send, None))
             return
         recorder = Recorder()
         token = observe_items.set(recorder.observe)
@@ -167,9 +169,13 @@ def _from_template_kwargs(request: Json) -> Json:
 
 
 class _Enriched:
-    """A `send` that adds the recorder's values to an OpenAI answer, whole or streamed."""
+    """A `send` that adds the recorder's values to an OpenAI answer, whole or streamed.
 
-    def __init__(self, send: Send, recorder: Recorder) -> None:
+    recorder: None where no arrays are asked for; what strict clients refuse is taken out all the
+    same.
+    """
+
+    def __init__(self, send: Send, recorder: Recorder | None) -> None:
         self.send = send
         self.recorder = recorder
         self.start: Message = {}
@@ -202,7 +208,8 @@ class _Enriched:
             return as_openai_error(body)
         answer: Json = orjson.loads(body)
         for choice in answer.get("choices") or ():
-            self.recorder.enrich(choice)
+            if self.recorder is not None:
+                self.recorder.enrich(choice)
         # OpenAI's metadata are strings, and strict clients (Pydantic AI) refuse SGLang's list of
         # spans; every rollout has its own
         (answer.get("metadata") or {}).pop("weight_versions", None)
@@ -215,7 +222,8 @@ class _Enriched:
         if chunk.get("object") == "error":
             return b"data: " + orjson.dumps(as_openai_error(line[len(b"data: ") :]))
         for choice in chunk.get("choices") or ():
-            self.recorder.enrich_chunk(choice)
+            if self.recorder is not None:
+                self.recorder.enrich_chunk(choice)
         return b"data: " + orjson.dumps(chunk)
 
 

@@ -13,8 +13,9 @@ from typing import Any, Literal, NotRequired
 from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
+from ead_sampler.kinds import Segment
 from ead_sampler.schedule import DEFAULT_SCHEDULE, REGISTRY
-from ead_server import packing
+from ead_server import packing, settings
 from ead_server.keys import ADMIN_ROUTES, OPEN
 from ead_server.rollouts import RolloutRequest
 
@@ -101,6 +102,19 @@ def complete(schema: Json, admin_paths: Set[str]) -> None:
         if name != DEFAULT_SCHEDULE:
             schemas[kind.__name__].setdefault("required", []).append("schedule")
     kinds = [{"$ref": f"{_AT}{kind.__name__}"} for kind in REGISTRY.values()]
+    without_state = [
+        {"$ref": f"{_AT}{kind.__name__}"} for kind in REGISTRY.values() if not kind.has_state
+    ]
+    parts = schemas[Segment.__name__]["properties"]
+    parts["thinking"] = {"anyOf": without_state, "description": parts["thinking"]["description"]}
+    parts["answer"]["anyOf"] = [*without_state, {"type": "null"}]
+    current = settings.current()
+    if current is not None:
+        for name in ("RolloutRequest", "Prompt"):
+            number = schemas[name]["properties"]["n"]
+            for choice in number.get("anyOf", [number]):
+                if choice.get("type") == "integer":
+                    choice["maximum"] = current.max_n
     schemas["Annealing"] = {"anyOf": kinds, "description": "a temperature schedule"}
     for name in ("ChatCompletionRequest", "CompletionRequest"):
         schemas[name]["properties"].update(annealing=_ANNEALING, rollout=_ROLLOUT)

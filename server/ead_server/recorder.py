@@ -97,20 +97,25 @@ class Recorder:
             choice["rollout"] = answer.rest(last=True)
 
     def enrich_chunk(self, choice: Json) -> None:
-        """Add what no chunk has carried yet to one choice of a stream's chunk, in place."""
+        """Add what no chunk has carried yet to one choice of a stream's chunk, in place.
+
+        Not to a chunk without text: some clients (litellm) drop these, and what is in them.
+        """
         answer = self.answers.get(choice["index"])
         if answer is None or not answer.recorded:
             return
         answer.enrich_logprobs(choice.get("logprobs"))
         last = choice.get("finish_reason") is not None
-        if last or (answer.handed_out < answer.length and not _opens_message(choice)):
+        if last or (answer.handed_out < answer.length and _has_text(choice)):
             choice["rollout"] = answer.rest(last=last)
 
 
-def _opens_message(choice: Json) -> bool:
-    """The chat chunk that only names the role; clients commonly skip it."""
+def _has_text(choice: Json) -> bool:
+    """Whether a chunk brings text, reasoning or a call of a tool, and not the role alone."""
     delta = choice.get("delta")
-    return isinstance(delta, dict) and bool(delta.get("role")) and not delta.get("content")
+    if not isinstance(delta, dict):
+        return bool(choice.get("text"))
+    return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
 
 
 def said_of(meta: Json) -> Json:

@@ -31,7 +31,7 @@ from ead_sampler.requests import (
     check_server_mode,
     with_default,
 )
-from ead_sampler.schedule import AnnealingError, parse_annealing
+from ead_sampler.schedule import AnnealingError, parse_annealing, with_integers
 from ead_server.admission import check_range, check_token_ids, check_types
 from ead_server.errors import LimitExceeded, openai_error
 from ead_server.first_mistake import validator_of
@@ -76,7 +76,7 @@ class FewKeys(BaseModel):
     def _count(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and len(raw) > 100:
             raise ValueError("has too many keys")
-        return raw
+        return with_integers(cls, raw)
 
 
 class Prompt(FewKeys):

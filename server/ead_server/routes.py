@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -12,7 +14,7 @@ import orjson
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ead_sampler.defaults import default_annealing, set_default_annealing, shared_defaults
@@ -26,7 +28,16 @@ from ead_server.errors import LimitExceeded, openai_error
 from ead_server.first_mistake import stop_at_first_mistake
 from ead_server.keys import PAGE, sglang_admin_paths
 from ead_server.openapi import complete
-from ead_server.rollouts import Engine, Group, Job, KeptJobs, RolloutRequest, plan, until_gone
+from ead_server.rollouts import (
+    Engine,
+    FewKeys,
+    Group,
+    Job,
+    KeptJobs,
+    RolloutRequest,
+    plan,
+    until_gone,
+)
 from ead_server.routing import OpenAIErrorsRoute, refused_values
 from ead_server.weights import served_weights
 
@@ -44,10 +55,8 @@ Step = Annotated[
 ]
 
 
-class StepSetting(BaseModel):
+class StepSetting(FewKeys):
     """The training step to use from now on."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     step: Step
 
@@ -67,10 +76,8 @@ class Defaults(BaseModel):
     step: StepState
 
 
-class DefaultsSetting(BaseModel):
+class DefaultsSetting(FewKeys):
     """What is to hold from now on; what is absent stays as it is."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     annealing: Json | None = Field(None, description="a schedule; null: none")
     step: Step = None
@@ -255,7 +262,18 @@ async def _finished_or_gone(job: Job, request: Request, *, keep: bool) -> None:
 
 
 def _parsed(body: bytes) -> RolloutRequest:
-    return RolloutRequest.model_validate(orjson.loads(body))
+    parsed = orjson.loads(body)
+    if _MANY_DIGITS.search(body):  # orjson makes a float of an integer beyond 64 bits
+        json.loads(body, parse_int=_check_integer)
+    return RolloutRequest.model_validate(parsed)
+
+
+_MANY_DIGITS = re.compile(rb"[0-9]{19}")
+
+
+def _check_integer(digits: str) -> None:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
+        raise LimitExceeded("body", f"integers must fit 64 bits, got {digits:.40}")
 
 
 def _size(*groups: Group) -> int:

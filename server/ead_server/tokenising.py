@@ -10,6 +10,7 @@ import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from ead_server.admission import check_token_ids
 from ead_server.calls import current_call
 
 LONG = 64 << 10  # bytes of a call's body; as many characters take some 20 ms
@@ -40,3 +41,14 @@ async def in_a_thread(
 
 def _written(answer: BaseModel) -> Response:
     return Response(orjson.dumps(answer.model_dump()), media_type="application/json")
+
+
+async def detokenize(
+    original: Callable[..., Coroutine[Any, Any, Any]], serving: Any, adapted: Any, *args: Any
+) -> Any:
+    """AROUND OpenAIServingDetokenize._handle_non_streaming_request. Raises LimitExceeded for ids
+    that the model has not, of which the tokenizer makes an error of the server."""
+    tokens = adapted.tokens
+    for ids in tokens if tokens and isinstance(tokens[0], list) else [tokens]:
+        check_token_ids(ids, serving.tokenizer_manager.model_config.vocab_size, "tokens")
+    return await in_a_thread(original, serving, adapted, *args)
