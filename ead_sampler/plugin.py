@@ -87,6 +87,20 @@ HOOKS = (
         "ead_sampler.sampling:sample",
         "sets each row's temperature, whatever the sampling backend, and records the outcome",
     ),
+    Hook(
+        "sglang.srt.layers.sampler.Sampler._sample_from_probs",
+        "self probs sampling_info positions simple_sampling_case",
+        "BEFORE",
+        "ead_sampler.bad_numbers:mend_probabilities",
+        "one row of NaN ends the server, with all that it was generating",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        "self batch result",
+        "BEFORE",
+        "ead_sampler.bad_numbers:end_bad_requests",
+        "a request whose logits are no numbers would go on with some token",
+    ),
     # scheduler process, at its start
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.init_model_worker",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ead_sampler.bad_numbers import bad_rows
 from ead_sampler.requests import (
     ANNEALING,
     COLUMNS,
@@ -187,12 +188,15 @@ def sample(
     """AROUND Sampler.forward: sample every row at its temperature now, and record how.
 
     Returns the sampled token ids, int [B]. The recorded values leave through SGLang's auxiliary
-    output, which copies them to the host with its own asynchronous copy.
+    output, which copies them to the host with its own asynchronous copy; so do the flags of rows
+    that could not be sampled (`bad_numbers`), whatever is asked.
     """
     rows: AnnealedRows | None = getattr(info, ROWS, None)
     arguments = (logits_output, info, return_logprob, top_logprobs_nums, token_ids_logprobs)
     if rows is None:
-        return original(sampler, *arguments, positions, **kwargs)
+        token_ids = original(sampler, *arguments, positions, **kwargs)
+        _send_to_host(logits_output, token_ids, info, None, None)
+        return token_ids
 
     model_logprobs: Tensor | None = vars(info).pop(MODEL_LOGPROBS, None)
     entropies = None
@@ -213,13 +217,24 @@ def sample(
     finally:
         info.temperatures, info.sampling_seed = fixed, seeds
 
-    if values is not None or state is not None:
-        from sglang.srt.managers.auxiliary_output import append_auxiliary_output
-
-        logits_output.auxiliary_device_output = append_auxiliary_output(
-            logits_output.auxiliary_device_output, SampledOnDevice(values, state)
-        )
+    _send_to_host(logits_output, token_ids, info, values, state)
     return token_ids
+
+
+def _send_to_host(
+    logits_output: Any, token_ids: Tensor, info: Any, values: Tensor | None, state: Tensor | None
+) -> None:
+    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+    from sglang.srt.runtime_context import get_parallel
+
+    bad = bad_rows(logits_output.next_token_logits, token_ids, info)
+    if values is not None:
+        values = values.masked_fill(bad.unsqueeze(1), torch.nan)
+    elif state is None and get_parallel().pp_size > 1:
+        return  # SGLang lets nothing of this kind cross pipeline stages
+    logits_output.auxiliary_device_output = append_auxiliary_output(
+        logits_output.auxiliary_device_output, SampledOnDevice(bad, values, state)
+    )
 
 
 # numbers of [B, V] worked on at once: what a CPU's caches hold, and little memory of a GPU
@@ -302,24 +317,34 @@ def _sampling_backend() -> str:
 
 
 class SampledOnDevice:
-    """One step's values and state on the device (SGLang's DeviceAuxiliaryOutput)."""
+    """One step's flags, values and state on the device (SGLang's DeviceAuxiliaryOutput)."""
 
-    def __init__(self, values: Tensor | None, state: Tensor | None) -> None:
-        self.values = values  # float32 [B, 3 or 4], see _sampled_values
+    def __init__(self, bad: Tensor, values: Tensor | None, state: Tensor | None) -> None:
+        self.bad = bad  # bool [B], see ead_sampler.bad_numbers
+        self.values = values  # float32 [B, 3 or 4], see _sampled_values; NaN in bad rows
         self.state = state  # float32 [B, 3], see AnnealedRows.remember
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> SampledOnHost:
-        return SampledOnHost(
-            *(None if t is None else copy_tensor(t) for t in (self.values, self.state))
-        )
+        values = None if self.values is None else copy_tensor(self.values)
+        state = None if self.state is None else copy_tensor(self.state)
+        return SampledOnHost(copy_tensor(self.bad) if values is None else None, values, state)
 
 
 class SampledOnHost:
-    """One step's values and state on the host (SGLang's HostAuxiliaryOutput)."""
+    """One step's flags, values and state on the host (SGLang's HostAuxiliaryOutput)."""
 
-    def __init__(self, values: Tensor | None, state: Tensor | None) -> None:
+    def __init__(self, bad: Tensor | None, values: Tensor | None, state: Tensor | None) -> None:
+        self._bad = bad  # None: the values tell
         self.values = values
         self.state = state
+
+    @property
+    def bad(self) -> Tensor:
+        """bool [B], complete once SGLang's copy is."""
+        if self._bad is not None:
+            return self._bad
+        assert self.values is not None
+        return self.values[:, 0].isnan()
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Append to each request the values of the token just committed to it.
@@ -327,6 +352,8 @@ class SampledOnHost:
         `commits[i].output_index` is that token's index: cutting the lists there keeps them right
         when SGLang generates a token again (a retracted request with input embeddings).
         """
+        if self.values is None and self.state is None:
+            return
         nothing = [None] * len(batch.reqs)
         values = nothing if self.values is None else self.values.tolist()
         states = nothing if self.state is None else self.state.tolist()
