@@ -90,9 +90,35 @@ def end_bad_requests(scheduler: Any, batch: Any, result: Any) -> None:
 
 
 def _flags(output: Any) -> Iterator[bool]:
-    """The flags in a step's auxiliary output, which may be one of several; none without bad rows."""
+    """The flags in a step's auxiliary output, which may be one of several; none where all are good
+    rows."""
     for part in getattr(output, "outputs", (output,)):
         bad: Tensor | None = getattr(part, "bad", None)
         if bad is not None and bad.any():
             yield from bad.tolist()
             return
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def check_received(weights: list[tuple[str, Tensor]], updater: Any, **told: Any) -> None:
+    """AFTER WeightUpdater.receive_weights_from_distributed, before anything of it is loaded.
+
+    Raises ValueError, which SGLang answers as a failure to receive, for a number that is none, or
+    none in the dtype that is served.
+    """
+    for name, tensor in weights:
+        if not is_finite(tensor, updater.model_config.dtype):
+            raise ValueError(f"{name}: every number must be finite, got NaN or Inf")
+
+
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether all of a tensor's numbers are, also as `dtype`. One pass, and no memory of its size,
+    but for float8."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # has no such pass of its own
+        tensor = tensor.float()
+    extremes = torch.stack(tensor.aminmax())  # NaN if one number is
+    return bool(extremes.to(dtype or tensor.dtype).isfinite().all())

@@ -27,7 +27,8 @@ from ead_server.first_mistake import stop_at_first_mistake
 from ead_server.guard import PAGE, sglang_admin_paths
 from ead_server.openapi import complete
 from ead_server.rollouts import Engine, Group, Job, KeptJobs, RolloutRequest, plan, until_gone
-from ead_server.routing import OpenAIErrorsRoute, refused_values
+from ead_server.routing import OpenAIErrorsRoute, refused_values, refused_weights
+from ead_server.weight_files import WeightsRefused
 from ead_server.weights import served_weights
 
 Json = dict[str, Any]
@@ -371,6 +372,7 @@ def install_routes(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, refuse_values)  # type: ignore[arg-type]
     if settings.current() is not None:
         stop_at_first_mistake(app.routes)
+        app.add_exception_handler(WeightsRefused, refused_weights)  # type: ignore[arg-type]
         app.add_exception_handler(StarletteHTTPException, _no_such_route)  # type: ignore[arg-type]
 
 
