@@ -141,7 +141,8 @@ def test_every_dtype_is_looked_at(dtype: torch.dtype, tmp_path: Path) -> None:
     good = torch.randn(300, 40).to(dtype)
     assert is_finite(good)
     for row, column in [(0, 0), (299, 39), (150, 7)]:
-        for bad in [torch.nan, torch.inf, -torch.inf]:
+        infinities = [] if dtype == torch.float8_e4m3fn else [torch.inf, -torch.inf]
+        for bad in [torch.nan, *infinities]:
             spoilt = good.float().clone()
             spoilt[row, column] = bad
             assert not is_finite(spoilt.to(dtype))
