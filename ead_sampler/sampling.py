@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ead_sampler.bad_numbers import bad_rows
 from ead_sampler.requests import (
-    ANNEALING,
     COLUMNS,
     ENTROPIES,
     ROLLOUT,
+    SAMPLING_BACKENDS,
+    TOP_K_ALL,
     asked,
     honours_seeds,
+    sent_schedule,
     wants_arrays,
 )
 from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
@@ -123,20 +125,23 @@ def _row_request(req: Any) -> RowRequest | None:
     custom = req.sampling_params.custom_params
     if not asked(custom):
         return None
-    raw, rollout = custom.get(ANNEALING), custom.get(ROLLOUT)
+    rollout = custom.get(ROLLOUT)
     try:
+        raw = sent_schedule(custom)
         annealing = None if raw is None else parse_annealing(raw)
     except AnnealingError:
         # Only a request that went around the tokenizer process can get here. It is left without
         # arrays, and so without the marker of an honoured schedule, which clients insist on.
         logger.exception("request %s: unchecked schedule, not annealed", req.rid)
         return None
+    params = req.sampling_params
     return RowRequest(
         num_prompt_tokens=len(req.origin_input_ids),
         annealing=annealing,
         arrays=wants_arrays(custom),
+        cuts=params.top_p < 1 or 1 < params.top_k < TOP_K_ALL or params.min_p > 0,
         entropies=isinstance(rollout, dict) and bool(rollout.get(ENTROPIES)),
-        seed=req.sampling_params.sampling_seed,
+        seed=params.sampling_seed,
     )
 
 
@@ -211,7 +216,7 @@ def sample(
         values, state = None, None
         if rows.records and model_logprobs is not None:
             sampled = logits_output.next_token_logits
-            values = _sampled_values(sampled, token_ids, info, model_logprobs, entropies)
+            values = _sampled_values(sampled, token_ids, info, rows, model_logprobs, entropies)
         if rows.memory is not None:
             state = rows.remember(positions, token_ids, entropies)
     finally:
@@ -241,10 +246,13 @@ def _send_to_host(
 _AT_ONCE_CPU, _AT_ONCE_GPU = 1 << 19, 1 << 24
 
 
+def _at_once(tensor: Tensor) -> int:
+    return _AT_ONCE_CPU if tensor.device.type == "cpu" else _AT_ONCE_GPU
+
+
 def entropy_of(logprobs: Tensor) -> Tensor:
     """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0."""
-    at_once = _AT_ONCE_CPU if logprobs.device.type == "cpu" else _AT_ONCE_GPU
-    rows = max(1, at_once // logprobs.shape[1])
+    rows = max(1, _at_once(logprobs) // logprobs.shape[1])
     entropies = []
     for part in logprobs.split(rows):
         probs = torch.exp(part, out=_workspace(part, "probabilities"))
@@ -253,7 +261,12 @@ def entropy_of(logprobs: Tensor) -> Tensor:
 
 
 def _sampled_values(
-    sampled: Tensor, token_ids: Tensor, info: Any, model_logprobs: Tensor, entropies: Tensor | None
+    sampled: Tensor,
+    token_ids: Tensor,
+    info: Any,
+    rows: AnnealedRows,
+    model_logprobs: Tensor,
+    entropies: Tensor | None,
 ) -> Tensor:
     """float32 [B, 3 or 4] on the device: temperature, behaviour and model log-probability, and the
     entropy where known.
@@ -268,10 +281,10 @@ def _sampled_values(
     else:
         logprobs = sampled.gather(1, chosen).float().log()
         if info.need_top_p_sampling or info.need_top_k_sampling or info.need_min_p_sampling:
-            kept = kept_mass(
-                sampled, info.top_ks, info.top_ps, info.min_ps, renormalised=_renormalises(info)
-            )
-            logprobs = logprobs - kept.log().unsqueeze(1)
+            for part in rows.cut.split(max(1, _at_once(sampled) // (4 * sampled.shape[1]))):
+                cuts = (column[part] for column in (info.top_ks, info.top_ps, info.min_ps))
+                kept = kept_mass(sampled[part], *cuts, renormalised=_renormalises(info))
+                logprobs = logprobs.index_add(0, part, -kept.log().unsqueeze(1))
     if info.is_any_greedy:  # greedy is the limit tau -> 0: one token, with probability 1
         greedy = info.top_ks.unsqueeze(1) <= 1
         temperatures = temperatures.masked_fill(greedy, 0.0)
@@ -302,8 +315,11 @@ def kept_mass(
 
 
 def _renormalises(info: Any) -> bool:
-    """Whether top_p is applied after renormalising over top_k: FlashInfer's path with min_p."""
-    return info.need_min_p_sampling and _sampling_backend() == "flashinfer"
+    """See SamplingBackend."""
+    if not info.need_min_p_sampling:
+        return False
+    backend = SAMPLING_BACKENDS.get(_sampling_backend())
+    return backend is not None and backend.renormalises
 
 
 def _sampling_backend() -> str:

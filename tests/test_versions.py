@@ -29,7 +29,7 @@ def test_a_version_is_of_one_run_and_one_step() -> None:
     assert ours.step("a1b2c3d4:7") == 7
     assert ours.step("a1b2c3d4:0") == 0
     foreign = ["7", "default", "", ":7", "a1b2c3d4", "a1b2c3d4:", "a1b2c3d5:7", "unnamed-0:7"]
-    foreign += ["a1b2c3d4:7x", "a1b2c3d4:-1", "a1b2c3d4:07", "a1b2c3d4:٧", "x:a1b2c3d4:7"]
+    foreign += ["a1b2c3d4:7x", "a1b2c3d4:-1", "a1b2c3d4:07", "a1b2c3d4:\u0667", "x:a1b2c3d4:7"]
     assert [ours.step(version) for version in foreign] == [None] * len(foreign)
     assert len({new_run_id() for _ in range(100)}) == 100
 

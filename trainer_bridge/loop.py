@@ -233,7 +233,8 @@ class Leader:
         )
         display.say(
             f"{self.task.name}: run {begin.run_id}, steps {begin.step + 1} to {config.steps}; "
-            f"trained: the policy ({config.correction.trained_policy}), correction {config.correction.kind}"
+            f"trained: the policy ({config.correction.trained_policy}), "
+            f"correction {config.correction.kind}"
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._pending: deque[Future[Collected]] = deque()
