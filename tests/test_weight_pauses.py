@@ -18,7 +18,8 @@ from helpers.weights import post, post_folder
 
 from ead_client import Client
 from ead_server import weights
-from ead_server.weights import Weights, flush_cache
+from ead_server.weight_hooks import flush_cache
+from ead_server.weights import Weights
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property, partial
 from itertools import chain
@@ -53,7 +52,6 @@ Bucket = Sequence[tuple[str, Spec]]
 
 CONNECT_SECONDS = 5.0  # to the trainer, before the engine waits for it
 BUSY_SECONDS = 30.0  # for requests that keep the cache from being flushed
-ABORT_SECONDS = 5.0  # for clients to read the ends of answers that are aborted
 
 
 def spool_prefix(process_id: int) -> str:
@@ -171,12 +169,22 @@ class Weights:
             return {"transfer": transfer, "merge": merging, **seconds}
 
     async def from_disk(
-        self, folder: str, version: str, pause: Pause, field: str = "folder"
+        self,
+        folder: str,
+        version: str,
+        pause: Pause,
+        field: str = "folder",
+        *,
+        recapture: bool = False,
     ) -> Seconds:
-        """folder: of safetensors files, below --weights-root. field: what the request calls it."""
+        """folder: of safetensors files, below --weights-root. field: what the request calls it.
+
+        recapture: SGLang's CUDA graphs, after the load.
+        """
         with self._claimed(version):
             checked = await asyncio.to_thread(self.checked_folder, folder, field)
-            return await self._replace(version, pause, partial(self._load_checked, checked))
+            load = partial(self._load_checked, checked, recapture=recapture)
+            return await self._replace(version, pause, load)
 
     def checked_folder(self, folder: str, field: str) -> WeightFolder:
         """A folder that holds a version; to be called in a thread. Raises WeightsRefused."""
@@ -291,27 +299,30 @@ class Weights:
 
         await self.manager.continue_generation(ContinueGenerationReqInput())
 
-    async def _load_checked(self, folder: WeightFolder) -> None:
+    async def _load_checked(self, folder: WeightFolder, *, recapture: bool) -> None:
         """What is loaded is what was checked, or the update is a broken one."""
         if not await asyncio.to_thread(lambda: folder.unchanged):
             raise NothingLoaded("the files have changed since they were checked")
-        await self._load_folder(str(folder.path))
+        await self._load_folder(str(folder.path), recapture=recapture)
         if not await asyncio.to_thread(lambda: folder.unchanged):
             raise RuntimeError("the files changed while they were loaded")
 
-    async def _load_folder(self, folder: str) -> None:
+    async def _load_folder(self, folder: str, *, recapture: bool = False) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
         manager = self.manager
         names = manager.served_model_name, manager.model_path  # SGLang makes the folder both
         request = UpdateWeightFromDiskReqInput(
-            model_path=folder, load_format="safetensors", flush_cache=False
+            model_path=folder,
+            load_format="safetensors",
+            flush_cache=False,
+            recapture_cuda_graph=recapture,
         )
-        token = _in_transaction.set(True)
+        token = in_transaction.set(True)
         try:
             success, message, _ = await manager.update_weights_from_disk(request)
         finally:
-            _in_transaction.reset(token)
+            in_transaction.reset(token)
             manager.served_model_name, manager.model_path = names
         if not success:
             raise RuntimeError(message)
@@ -405,6 +416,8 @@ def _spool() -> Iterator[Path]:
         raise WeightsRefused(message, status=507) from error
 
 
+# Set where the transaction calls SGLang, whose hooked methods then do what is SGLang's alone.
+in_transaction: ContextVar[bool] = ContextVar("eadin_transaction", default=False)
 _weights: Weights | None = None
 
 
@@ -417,57 +430,3 @@ def served_weights() -> Weights | None:
     if _weights is None and state is not None:
         _weights = Weights(state.tokenizer_manager)
     return _weights
-
-
-# --- hooks, see ead_sampler.plugin ---------------------------------------------------------------
-
-_in_transaction: ContextVar[bool] = ContextVar("ead_in_transaction", default=False)
-
-
-async def update_from_disk(
-    original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, request: Any = None
-) -> tuple[bool, str, int]:
-    """AROUND TokenizerManager.update_weights_from_disk: under `ead serve`, SGLang's own route is
-    `Weights.from_disk`. Raises WeightsRefused.
-
-    With several tokenizer workers, each of which knows of its own requests only, the same is
-    checked, and the rest is SGLang's.
-    """
-    weights = served_weights()
-    if weights is None or settings.current() is None or _in_transaction.get():
-        return await original(manager, obj, request)
-    # or the new weights would go by the name of the old
-    version = obj.weight_version or f"unnamed-{secrets.token_hex(4)}"
-    if manager.server_args.tokenizer_worker_num > 1:
-        folder = await asyncio.to_thread(weights.checked_folder, obj.model_path, "model_path")
-        obj.model_path, obj.weight_version = str(folder.path), version
-        obj.load_format = "safetensors"
-        return await original(manager, obj, request)
-    pause: Pause = "abort" if obj.abort_all_requests else "retract"
-    await weights.from_disk(obj.model_path, version, pause, "model_path")
-    return True, f"Succeeded to update model weights. Weight version updated to {version}.", 0
-
-
-async def pause_generation(
-    original: Callable[..., Awaitable[None]], manager: Any, obj: Any
-) -> None:
-    """AROUND TokenizerManager.pause_generation, which in mode "abort" waits until every client has
-    read the end of its answer: without an end where one does not read, as all calls behind it."""
-    if obj.mode != "abort":
-        return await original(manager, obj)
-    with suppress(TimeoutError):  # everything has been told to end, and nothing new begins
-        await asyncio.wait_for(original(manager, obj), ABORT_SECONDS)
-
-
-async def flush_cache(
-    original: Callable[..., Awaitable[Any]], manager: Any, timeout_s: float | None = None
-) -> Any:
-    """AROUND TokenizerManager.flush_cache, which looks at the first data-parallel rank only."""
-    from sglang.srt.managers.io_struct import FlushCacheReqInput
-
-    manager.auto_create_handle_loop()
-    results = await manager.flush_cache_communicator(FlushCacheReqInput(timeout_s=timeout_s))
-    failed = [result for result in results if not result.success]
-    if not failed and manager.mm_processor is not None:
-        manager.mm_processor.clear_preprocess_cache()
-    return (failed or results)[0]
