@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ead_sampler import device, parse_annealing
+from ead_sampler import bad_numbers, device, parse_annealing
 from ead_sampler.rows import AnnealedRows, RowRequest
 from ead_sampler.selftest import sampling_info, standalone_sampler
 
@@ -56,6 +57,12 @@ def ead_row_by_row(logits: torch.Tensor, custom_param_list: list[dict[str, Any]]
         tau = 1.0 if t < 10 else max(1 + 1.2 - math.exp(min(t / 500, 700)), 0.1)
         logits[index] /= tau
     return logits
+
+
+def _mended(sampler: Any, *arguments: Any) -> Any:
+    """Sampler._sample_from_probs, hooked."""
+    bad_numbers.mend_probabilities(sampler, *arguments)
+    return type(sampler)._sample_from_probs(sampler, *arguments)
 
 
 class Steps:
@@ -105,10 +112,17 @@ class Steps:
             return lambda: Sampler.forward(self.sampler, *arguments)
         setattr(info, sampling.ROWS, self.rows[mode])
 
+        def forward(sampler: Any, *arguments: Any) -> Any:
+            sampler._sample_from_probs = partial(_mended, sampler)
+            try:
+                return Sampler.forward(sampler, *arguments)
+            finally:
+                del sampler._sample_from_probs
+
         def hooked() -> Any:
             output.auxiliary_device_output = None
             sampling.keep_model_logprobs(None, output, info)
-            return sampling.sample(Sampler.forward, self.sampler, *arguments)
+            return sampling.sample(forward, self.sampler, *arguments)
 
         return hooked
 

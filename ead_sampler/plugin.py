@@ -91,6 +91,29 @@ HOOKS = (
         "ead_sampler.sampling:sample",
         "sets each row's temperature, whatever the sampling backend, and records the outcome",
     ),
+    Hook(
+        "sglang.srt.layers.sampler.Sampler._sample_from_probs",
+        "self probs sampling_info positions simple_sampling_case",
+        "BEFORE",
+        "ead_sampler.bad_numbers:mend_probabilities",
+        "one row of NaN ends the server, with all that it was generating",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        "self batch result",
+        "BEFORE",
+        "ead_sampler.bad_numbers:end_bad_requests",
+        "a request whose logits are no numbers would go on with some token",
+    ),
+    # scheduler process, a broadcast of weights
+    Hook(
+        "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+        ".receive_weights_from_distributed",
+        "self names dtypes shapes group_name load_format",
+        "AFTER",
+        "ead_sampler.bad_numbers:check_received",
+        "weights that are no numbers are refused before they are loaded",
+    ),
     # scheduler process, at its start
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.init_model_worker",
@@ -200,6 +223,27 @@ HOOKS = (
             "completes a weight update: the default training step of a schedule",
         )
         for method in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
+    ),
+    Hook(
+        f"{_MANAGER}.update_weights_from_disk",
+        "self obj request",
+        "AROUND",
+        "ead_server.weight_hooks:update_from_disk",
+        "SGLang takes what is missing, unknown or no number, and keeps the old version's name",
+    ),
+    Hook(
+        f"{_MANAGER}.pause_generation",
+        "self obj",
+        "AROUND",
+        "ead_server.weight_hooks:pause_generation",
+        "one client that stops reading would hold up every pause, and all calls behind it",
+    ),
+    Hook(
+        f"{_MANAGER}.flush_cache",
+        "self timeout_s",
+        "AROUND",
+        "ead_server.weight_hooks:flush_cache",
+        "a data-parallel rank that was not flushed would go on with old keys and values",
     ),
     # HTTP process
     Hook(

@@ -10,11 +10,12 @@ functions are listed in `ead_sampler.plugin`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from ead_sampler.defaults import default_annealing, shared_defaults, with_step
 from ead_sampler.schedule import AnnealingError, parse_annealing, shown
@@ -97,17 +98,52 @@ def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
     """AFTER SamplingParams.verify: SGLang's own check of every request, on every route.
 
     Also reached by requests that put the schedule into `custom_params` themselves. A ValueError
-    here is a clean 400; the same mistake in the scheduler would kill the server.
+    here is a clean 400; the same mistake in the scheduler would kill the server. From here the
+    schedule travels as one string: SGLang's messages have no place for lists in lists.
     """
     custom = params.custom_params
-    if not asked(custom):
+    if asked(custom):
+        check_rollout(custom.get(ROLLOUT))
+        if custom.get(ANNEALING) is not None:
+            schedule = parse_annealing(sent_schedule(custom))
+            check_sampling({"temperature": params.temperature, "top_k": params.top_k})
+            custom = {**custom, ANNEALING: schedule.model_dump_json()}
+            params.custom_params = custom
+        check_beam_width(params.beam_width)
+        check_server_mode(custom)
+    check_travels(custom)
+
+
+def sent_schedule(custom_params: Mapping[str, Any]) -> Any:
+    """The schedule in them, as an object again where it travelled. Raises AnnealingError."""
+    raw = custom_params.get(ANNEALING)
+    if not isinstance(raw, str):
+        return raw
+    try:
+        return json.loads(raw)
+    except (json.JSONDecodeError, RecursionError):
+        raise AnnealingError(ANNEALING, f"must be an object, got {shown(raw)}") from None
+
+
+def check_travels(custom_params: Any) -> None:
+    """With SGLANG_USE_PICKLE_IPC=0 the scheduler dies of custom_params that are no flat JSON.
+
+    Raises AnnealingError.
+    """
+    if custom_params is None or os.environ.get(_PICKLE, "1").lower() in ("1", "true", "yes", "y"):
         return
-    check_rollout(custom.get(ROLLOUT))
-    if custom.get(ANNEALING) is not None:
-        parse_annealing(custom[ANNEALING])
-        check_sampling({"temperature": params.temperature, "top_k": params.top_k})
-    check_beam_width(params.beam_width)
-    check_server_mode(custom)
+    import msgspec
+    from sglang.srt.sampling.sampling_params import CustomParamValue
+
+    try:
+        data = msgspec.msgpack.encode(custom_params)
+        msgspec.msgpack.decode(data, type=dict[str, CustomParamValue])
+    except (msgspec.ValidationError, OverflowError, TypeError, RecursionError) as error:
+        message = f"must be numbers, strings, and lists or objects of such ({error})"
+        raise AnnealingError("custom_params", message) from None
+
+
+_PICKLE = "SGLANG_USE_PICKLE_IPC"  # environment, of SGLang
 
 
 def check_server_mode(asked_for: Mapping[str, Any]) -> None:
@@ -142,10 +178,13 @@ def unsupported_mode(server_args: Any, environ: Mapping[str, str]) -> str | None
         return "the first token is sampled by another server (--disaggregation-mode)"
     if server_args.pp_size > 1:
         return "recorded values do not cross pipeline stages (--pp-size)"
+    if server_args.enable_pdmux:
+        return "two streams sample at a time (--enable-pdmux)"
     if server_args.rl_on_policy_target is not None:
         return "--rl-on-policy-target computes its own bfloat16 log-probabilities"
-    if server_args.sampling_backend == "ascend":
-        return "the ascend sampling backend hides its probabilities (--sampling-backend)"
+    backend = server_args.sampling_backend
+    if backend is not None and backend not in SAMPLING_BACKENDS:
+        return f"the {backend} sampling backend hides its probabilities (--sampling-backend)"
     if environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "").lower() in ("1", "true", "yes"):
         return "SGLANG_RETURN_ORIGINAL_LOGPROB reports log-probabilities at temperature 1"
     return None
@@ -355,13 +394,26 @@ def _completed(params: dict[str, Any], manager: Any) -> dict[str, Any]:
     return {**params, "custom_params": {**custom, ANNEALING: schedule.model_dump()}}
 
 
-def honours_seeds(sampling_backend: str | None, *, deterministic: bool = False) -> bool:
-    """Whether a request's `sampling_seed` decides its tokens.
+class SamplingBackend(NamedTuple):
+    """What SGLang's Sampler._sample_from_probs does in one of its ways."""
 
-    SGLang itself looks at seeds in deterministic mode only; we bring them to the one backend that
-    takes them without it.
-    """
-    return deterministic or sampling_backend == "pytorch"
+    # takes seeds without deterministic mode, to which SGLang itself confines them
+    takes_seeds: bool
+    # with min_p, top_p counts within what top_k left, rather than within the whole vocabulary
+    renormalises: bool
+
+
+SAMPLING_BACKENDS = {
+    "pytorch": SamplingBackend(takes_seeds=True, renormalises=False),
+    "flashinfer": SamplingBackend(takes_seeds=False, renormalises=True),
+    "intel_xpu": SamplingBackend(takes_seeds=False, renormalises=True),
+}
+
+
+def honours_seeds(sampling_backend: str | None, *, deterministic: bool = False) -> bool:
+    """Whether a request's `sampling_seed` decides its tokens."""
+    backend = SAMPLING_BACKENDS.get(sampling_backend or "")
+    return deterministic or (backend is not None and backend.takes_seeds)
 
 
 def _markers(params: dict[str, Any], manager: Any) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class RowRequest:
     annealing: Annealing | None = None
     arrays: bool = True  # record what the sampler did
     entropies: bool = False  # and the entropies too
+    cuts: bool = True  # whether top_p, top_k or min_p may leave tokens out (greedy apart)
     seed: int | None = None  # in int64; the tokens are a function of it, of position and of logits
 
     @property
@@ -145,6 +146,13 @@ class AnnealedRows:
         """Whether a request wants entropies or a schedule depends on them."""
         asked = any(request.arrays and request.entropies for request in self.requests if request)
         return asked or any(phase.uses_entropy for phase in self._phases)
+
+    @cached_property
+    def cut(self) -> Tensor:
+        """int64 [C], on the device: rows that record what was sampled from a cut distribution."""
+        asked = enumerate(self.requests)
+        cut = [row for row, request in asked if request and request.arrays and request.cuts]
+        return _to_device(cut, torch.int64, self.columns["start"].device)
 
     @cached_property
     def seeded(self) -> bool:

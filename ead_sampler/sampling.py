@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ead_sampler.bad_numbers import bad_rows
 from ead_sampler.requests import (
-    ANNEALING,
     COLUMNS,
     ENTROPIES,
     ROLLOUT,
+    SAMPLING_BACKENDS,
+    TOP_K_ALL,
     asked,
     honours_seeds,
+    sent_schedule,
     wants_arrays,
 )
 from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
@@ -122,20 +125,23 @@ def _row_request(req: Any) -> RowRequest | None:
     custom = req.sampling_params.custom_params
     if not asked(custom):
         return None
-    raw, rollout = custom.get(ANNEALING), custom.get(ROLLOUT)
+    rollout = custom.get(ROLLOUT)
     try:
+        raw = sent_schedule(custom)
         annealing = None if raw is None else parse_annealing(raw)
     except AnnealingError:
         # Only a request that went around the tokenizer process can get here. It is left without
         # arrays, and so without the marker of an honoured schedule, which clients insist on.
         logger.exception("request %s: unchecked schedule, not annealed", req.rid)
         return None
+    params = req.sampling_params
     return RowRequest(
         num_prompt_tokens=len(req.origin_input_ids),
         annealing=annealing,
         arrays=wants_arrays(custom),
+        cuts=params.top_p < 1 or 1 < params.top_k < TOP_K_ALL or params.min_p > 0,
         entropies=isinstance(rollout, dict) and bool(rollout.get(ENTROPIES)),
-        seed=req.sampling_params.sampling_seed,
+        seed=params.sampling_seed,
     )
 
 
@@ -187,12 +193,15 @@ def sample(
     """AROUND Sampler.forward: sample every row at its temperature now, and record how.
 
     Returns the sampled token ids, int [B]. The recorded values leave through SGLang's auxiliary
-    output, which copies them to the host with its own asynchronous copy.
+    output, which copies them to the host with its own asynchronous copy; so do the flags of rows
+    that could not be sampled (`bad_numbers`), whatever is asked.
     """
     rows: AnnealedRows | None = getattr(info, ROWS, None)
     arguments = (logits_output, info, return_logprob, top_logprobs_nums, token_ids_logprobs)
     if rows is None:
-        return original(sampler, *arguments, positions, **kwargs)
+        token_ids = original(sampler, *arguments, positions, **kwargs)
+        _send_to_host(logits_output, token_ids, info, None, None)
+        return token_ids
 
     model_logprobs: Tensor | None = vars(info).pop(MODEL_LOGPROBS, None)
     entropies = None
@@ -207,29 +216,43 @@ def sample(
         values, state = None, None
         if rows.records and model_logprobs is not None:
             sampled = logits_output.next_token_logits
-            values = _sampled_values(sampled, token_ids, info, model_logprobs, entropies)
+            values = _sampled_values(sampled, token_ids, info, rows, model_logprobs, entropies)
         if rows.memory is not None:
             state = rows.remember(positions, token_ids, entropies)
     finally:
         info.temperatures, info.sampling_seed = fixed, seeds
 
-    if values is not None or state is not None:
-        from sglang.srt.managers.auxiliary_output import append_auxiliary_output
-
-        logits_output.auxiliary_device_output = append_auxiliary_output(
-            logits_output.auxiliary_device_output, SampledOnDevice(values, state)
-        )
+    _send_to_host(logits_output, token_ids, info, values, state)
     return token_ids
+
+
+def _send_to_host(
+    logits_output: Any, token_ids: Tensor, info: Any, values: Tensor | None, state: Tensor | None
+) -> None:
+    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+    from sglang.srt.runtime_context import get_parallel
+
+    bad = bad_rows(logits_output.next_token_logits, token_ids, info)
+    if values is not None:
+        values = values.masked_fill(bad.unsqueeze(1), torch.nan)
+    elif state is None and get_parallel().pp_size > 1:
+        return  # SGLang lets nothing of this kind cross pipeline stages
+    logits_output.auxiliary_device_output = append_auxiliary_output(
+        logits_output.auxiliary_device_output, SampledOnDevice(bad, values, state)
+    )
 
 
 # numbers of [B, V] worked on at once: what a CPU's caches hold, and little memory of a GPU
 _AT_ONCE_CPU, _AT_ONCE_GPU = 1 << 19, 1 << 24
 
 
+def _at_once(tensor: Tensor) -> int:
+    return _AT_ONCE_CPU if tensor.device.type == "cpu" else _AT_ONCE_GPU
+
+
 def entropy_of(logprobs: Tensor) -> Tensor:
     """Entropy in nats of each row: float32 [B, V] -> [B]. Impossible tokens (-inf) count 0."""
-    at_once = _AT_ONCE_CPU if logprobs.device.type == "cpu" else _AT_ONCE_GPU
-    rows = max(1, at_once // logprobs.shape[1])
+    rows = max(1, _at_once(logprobs) // logprobs.shape[1])
     entropies = []
     for part in logprobs.split(rows):
         probs = torch.exp(part, out=_workspace(part, "probabilities"))
@@ -238,7 +261,12 @@ def entropy_of(logprobs: Tensor) -> Tensor:
 
 
 def _sampled_values(
-    sampled: Tensor, token_ids: Tensor, info: Any, model_logprobs: Tensor, entropies: Tensor | None
+    sampled: Tensor,
+    token_ids: Tensor,
+    info: Any,
+    rows: AnnealedRows,
+    model_logprobs: Tensor,
+    entropies: Tensor | None,
 ) -> Tensor:
     """float32 [B, 3 or 4] on the device: temperature, behaviour and model log-probability, and the
     entropy where known.
@@ -253,10 +281,10 @@ def _sampled_values(
     else:
         logprobs = sampled.gather(1, chosen).float().log()
         if info.need_top_p_sampling or info.need_top_k_sampling or info.need_min_p_sampling:
-            kept = kept_mass(
-                sampled, info.top_ks, info.top_ps, info.min_ps, renormalised=_renormalises(info)
-            )
-            logprobs = logprobs - kept.log().unsqueeze(1)
+            for part in rows.cut.split(max(1, _at_once(sampled) // (4 * sampled.shape[1]))):
+                cuts = (column[part] for column in (info.top_ks, info.top_ps, info.min_ps))
+                kept = kept_mass(sampled[part], *cuts, renormalised=_renormalises(info))
+                logprobs = logprobs.index_add(0, part, -kept.log().unsqueeze(1))
     if info.is_any_greedy:  # greedy is the limit tau -> 0: one token, with probability 1
         greedy = info.top_ks.unsqueeze(1) <= 1
         temperatures = temperatures.masked_fill(greedy, 0.0)
@@ -287,8 +315,11 @@ def kept_mass(
 
 
 def _renormalises(info: Any) -> bool:
-    """Whether top_p is applied after renormalising over top_k: FlashInfer's path with min_p."""
-    return info.need_min_p_sampling and _sampling_backend() == "flashinfer"
+    """See SamplingBackend."""
+    if not info.need_min_p_sampling:
+        return False
+    backend = SAMPLING_BACKENDS.get(_sampling_backend())
+    return backend is not None and backend.renormalises
 
 
 def _sampling_backend() -> str:
@@ -302,24 +333,34 @@ def _sampling_backend() -> str:
 
 
 class SampledOnDevice:
-    """One step's values and state on the device (SGLang's DeviceAuxiliaryOutput)."""
+    """One step's flags, values and state on the device (SGLang's DeviceAuxiliaryOutput)."""
 
-    def __init__(self, values: Tensor | None, state: Tensor | None) -> None:
-        self.values = values  # float32 [B, 3 or 4], see _sampled_values
+    def __init__(self, bad: Tensor, values: Tensor | None, state: Tensor | None) -> None:
+        self.bad = bad  # bool [B], see ead_sampler.bad_numbers
+        self.values = values  # float32 [B, 3 or 4], see _sampled_values; NaN in bad rows
         self.state = state  # float32 [B, 3], see AnnealedRows.remember
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> SampledOnHost:
-        return SampledOnHost(
-            *(None if t is None else copy_tensor(t) for t in (self.values, self.state))
-        )
+        values = None if self.values is None else copy_tensor(self.values)
+        state = None if self.state is None else copy_tensor(self.state)
+        return SampledOnHost(copy_tensor(self.bad) if values is None else None, values, state)
 
 
 class SampledOnHost:
-    """One step's values and state on the host (SGLang's HostAuxiliaryOutput)."""
+    """One step's flags, values and state on the host (SGLang's HostAuxiliaryOutput)."""
 
-    def __init__(self, values: Tensor | None, state: Tensor | None) -> None:
+    def __init__(self, bad: Tensor | None, values: Tensor | None, state: Tensor | None) -> None:
+        self._bad = bad  # None: the values tell
         self.values = values
         self.state = state
+
+    @property
+    def bad(self) -> Tensor:
+        """bool [B], complete once SGLang's copy is."""
+        if self._bad is not None:
+            return self._bad
+        assert self.values is not None
+        return self.values[:, 0].isnan()
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Append to each request the values of the token just committed to it.
@@ -327,6 +368,8 @@ class SampledOnHost:
         `commits[i].output_index` is that token's index: cutting the lists there keeps them right
         when SGLang generates a token again (a retracted request with input embeddings).
         """
+        if self.values is None and self.state is None:
+            return
         nothing = [None] * len(batch.reqs)
         values = nothing if self.values is None else self.values.tolist()
         states = nothing if self.state is None else self.state.tolist()

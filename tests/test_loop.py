@@ -36,7 +36,9 @@ from trainer_bridge.policy import ModelConfig, load_policy
 from trainer_bridge.report import Display, read_metrics
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import RewardConfig
+from trainer_bridge.versions import Versions
 
+VERSIONS = Versions("test")
 SCHEDULE = {"tau_max": 1.5, "tau_min": 0.3, "decay": 20.0, "warmup": 3}
 
 
@@ -109,7 +111,8 @@ def test_a_run_leaves_its_metrics_samples_curves_and_the_model_that_is_served(
         "step-000003",
         "step-000004",
     ]
-    assert client.model_info()["weight_version"] == "4"
+    (_, step) = client.model_info()["weight_version"].split(":")
+    assert step == "4"
     saved, tokenizer = load_policy(ModelConfig(path=str(folder / "model")), "cpu")
     ids = tokenizer("def ")["input_ids"]
     sampled = client.complete(ids, rollout=True, max_tokens=16, ignore_eos=True).choices[0].rollout
@@ -281,7 +284,7 @@ def collector(client: Client, tiny_model: Path) -> Iterator[Callable[..., Collec
     """A collector of a toy task, on the weights of step 0."""
     from transformers import AutoTokenizer
 
-    weights = {"model_path": str(tiny_model), "weight_version": "0"}
+    weights = {"model_path": str(tiny_model), "weight_version": VERSIONS.name(0)}
     client.request("POST", "/update_weights_from_disk", weights, admin=True)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     runners: list[RewardRunner] = []
@@ -290,7 +293,12 @@ def collector(client: Client, tiny_model: Path) -> Iterator[Callable[..., Collec
         runners.append(RewardRunner(task.reward, RewardConfig(workers=1)))
         sized = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 12, **config}
         return Collector(
-            RolloutConfig(annealing=SCHEDULE, **sized), client, task, runners[-1], tokenizer
+            RolloutConfig(annealing=SCHEDULE, **sized),
+            client,
+            task,
+            runners[-1],
+            tokenizer,
+            VERSIONS,
         )
 
     yield make

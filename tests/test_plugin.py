@@ -69,6 +69,7 @@ def server_args(**changes: object) -> SimpleNamespace:
         "dllm_algorithm": None,
         "disaggregation_mode": "null",
         "pp_size": 1,
+        "enable_pdmux": False,
         "rl_on_policy_target": None,
         "sampling_backend": "pytorch",
     }
@@ -82,6 +83,7 @@ def server_args(**changes: object) -> SimpleNamespace:
         ({"dllm_algorithm": "x"}, {}, "--dllm-algorithm"),
         ({"disaggregation_mode": "decode"}, {}, "--disaggregation-mode"),
         ({"pp_size": 2}, {}, "--pp-size"),
+        ({"enable_pdmux": True}, {}, "--enable-pdmux"),
         ({"rl_on_policy_target": "fsdp"}, {}, "--rl-on-policy-target"),
         ({"sampling_backend": "ascend"}, {}, "--sampling-backend"),
         ({}, {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}, "SGLANG_RETURN_ORIGINAL_LOGPROB"),

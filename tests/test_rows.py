@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_kinds import FORMULAS, STATELESS, raw_schedules
 
-from ead_sampler import Annealing, parse_annealing
+from ead_sampler import Annealing, parse_annealing, sampling
 from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
 from ead_sampler.sampling import entropy_of, kept_mass
 from ead_sampler.selftest import sampling_info
@@ -362,3 +362,39 @@ def test_nothing_waits_for_the_device(on: str) -> None:
     output.auxiliary_device_output.copy_to_host(copy)
     assert [tuple(tensor.shape) for tensor in copied] == [(batch, 4), (batch, STATE_SIZE)]
     assert {tensor.device.type for tensor in copied} == {on}
+
+
+def test_only_rows_that_record_and_cut_are_sorted_and_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rest keep their log-probabilities, and memory is bounded whatever the batch."""
+    asked = [
+        RowRequest(4, cuts=True),
+        RowRequest(4, cuts=False),
+        None,
+        RowRequest(4, arrays=False, cuts=True),
+        *[RowRequest(4, cuts=True)] * 6,
+    ]
+    rows = AnnealedRows.build(asked, "cpu")
+    assert rows is not None
+    assert rows.cut.tolist() == [0, 4, 5, 6, 7, 8, 9]
+    monkeypatch.setattr(sampling, "_AT_ONCE_CPU", 4 * 2 * 64)
+    seen: list[int] = []
+    mass = sampling.kept_mass
+
+    def counted(probs: torch.Tensor, *cuts: torch.Tensor, **how: bool) -> torch.Tensor:
+        seen.append(len(probs))
+        return mass(probs, *cuts, **how)
+
+    monkeypatch.setattr(sampling, "kept_mass", counted)
+    info = sampling_info(len(asked), 64, "cpu")
+    info.top_ps, info.need_top_p_sampling = torch.full((len(asked),), 0.5), True
+    torch.manual_seed(0)
+    probs = torch.randn(len(asked), 64).softmax(-1)
+    tokens = probs.argmax(-1)
+    values = sampling._sampled_values(probs, tokens, info, rows, probs.log(), None)
+    assert seen == [2, 2, 2, 1]
+    whole = mass(probs, info.top_ks, info.top_ps, info.min_ps)
+    want = probs.amax(-1).log()
+    want[rows.cut] -= whole[rows.cut].log()
+    assert (values[:, 1] - want).abs().max() < 1e-6

@@ -29,6 +29,7 @@ from trainer_bridge import ranks
 from trainer_bridge.errors import BadConfig, CheckpointFailed
 from trainer_bridge.settings import Settings
 from trainer_bridge.trainer import Trainer
+from trainer_bridge.versions import new_run_id
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)  # with adapters, the rest is the model's own
 
@@ -46,6 +47,7 @@ class Progress:
 
     step: int
     position: int
+    run_id: str  # see trainer_bridge.versions
 
 
 def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> None:
@@ -132,7 +134,8 @@ def load(folder: Path, trainer: Trainer) -> Progress | None:
     torch.set_rng_state(state["rng"])
     trainer.updates, trainer.skipped = about["updates"], about["skipped"]
     trainer.entropy_anchor = about["entropy_anchor"]
-    return Progress(about["step"], about["position"])
+    run_id = about.get("run_id") or new_run_id()  # older checkpoints have none
+    return Progress(about["step"], about["position"], run_id)
 
 
 def exist(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from trainer_bridge.rewards import Outcome, RewardFailure
 from trainer_bridge.settings import Settings
 from trainer_bridge.tasks import Task
 from trainer_bridge.trainer import ScoredAnswers
+from trainer_bridge.versions import Versions
 
 
 class RolloutConfig(Settings):
@@ -103,12 +104,14 @@ class Collector:
         task: Task,
         runner: RewardRunner,
         tokenizer: Any,
+        versions: Versions,
     ) -> None:
         self.config = config
         self.client = client
         self.task = task
         self.runner = runner
         self.tokenizer = tokenizer
+        self.versions = versions
 
     def collect(
         self, step: int, position: int, progress: Callable[[str], None] = lambda line: None
@@ -244,12 +247,13 @@ class Collector:
         return None
 
     def _check_versions(self, rollout: Rollout, step: int) -> None:
-        known = {str(v) for v in range(max(0, step - self.config.staleness), step + 1)}
-        found = rollout.versions
-        if not set(found) <= known:
+        """Every token is from weights of this run, at most `staleness` updates old."""
+        wanted = range(max(0, step - self.config.staleness), step + 1)
+        if any(self.versions.step(version) not in wanted for version in rollout.versions):
             raise StaleRollout(
-                f"step {step} wants weights of version {' or '.join(sorted(known))}, an answer "
-                f"came from {' and '.join(found)}"
+                f"run {self.versions.run_id}, step {step} wants weights of version "
+                f"{' or '.join(map(str, wanted))}, an answer came from "
+                f"{' and '.join(rollout.versions)}"
             )
 
     # --- in numbers ------------------------------------------------------------------------------
@@ -276,7 +280,8 @@ class Collector:
     ) -> dict[str, float]:
         lengths = [answer.length for answer in answers]
         reasons = [answer.turns[-1].finish_reason for answer in answers]
-        behind = [step - int(answer.turns[0].versions[0]) for answer in answers]
+        begun = [self.versions.step(answer.turns[0].versions[0]) for answer in answers]
+        behind = [step - first for first in begun if first is not None]  # _check_versions: all
         best = [max(reward for _, reward in group) for group in groups.values()]
         return {
             "rollout/answers": float(len(answers)),

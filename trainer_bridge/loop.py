@@ -5,7 +5,7 @@ from weights at most k updates old; with 0, one thing happens after the other.
 
 A run goes on from its newest checkpoint with `resume`. A server that dies or loses its weights is
 waited for, given the weights again, and asked again: an answer counts only if it was sampled from
-weights that this run published.
+weights that this run published, which their version names (`versions`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -46,6 +47,7 @@ from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.trainer import Trainer
+from trainer_bridge.versions import Versions, new_run_id
 from trainer_bridge.weights import SyncConfig, weight_publisher
 
 T = TypeVar("T")
@@ -111,7 +113,7 @@ def train(
             reference=_reference(config, device),
         )
         # other seeds see other problems
-        begin = Progress(0, position=config.seed << 20)
+        begin = Progress(0, position=config.seed << 20, run_id=new_run_id())
         if resume:
             begin = checkpoint.load(saved, trainer) or begin
         leader = None
@@ -159,7 +161,8 @@ def _run(
         every, last = config.checkpoint.every, step + 1 == config.steps
         if last or (every and (step + 1) % every == 0) or unsaved is not None:
             with _timed(leader, "checkpoint"):
-                unsaved = _save(saved, trainer, Progress(step + 1, collected.position), config)
+                progress = replace(begin, step=step + 1, position=collected.position)
+                unsaved = _save(saved, trainer, progress, config)
         if leader is not None:
             metrics["checkpoint/failed"] = float(unsaved is not None)
             leader.tell(step, collected, metrics, time.perf_counter() - started, last=last)
@@ -221,28 +224,32 @@ class Leader:
         self.task = config.task.build()
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = weight_publisher(server.client, config.sync)
-        self.collector = Collector(config.rollout, server.client, self.task, self.runner, tokenizer)
+        self.versions = Versions(begin.run_id)
+        self.collector = Collector(
+            config.rollout, server.client, self.task, self.runner, tokenizer, self.versions
+        )
         self.folder = RunFolder(
             folder, config.report, config.model_dump(mode="json"), resumed_at=begin.step
         )
         display.say(
-            f"{self.task.name}: steps {begin.step + 1} to {config.steps}; trained: the policy "
-            f"({config.correction.trained_policy}), correction {config.correction.kind}"
+            f"{self.task.name}: run {begin.run_id}, steps {begin.step + 1} to {config.steps}; "
+            f"trained: the policy ({config.correction.trained_policy}), "
+            f"correction {config.correction.kind}"
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._pending: deque[Future[Collected]] = deque()
         self._asked = begin  # the next step to ask for; only its thread touches the position
         self._begun = begin  # the step that is worked on
-        self._version = begin.step
+        self._published = begin.step
         self._weights: Weights | None = None
         self._seconds: dict[str, float] = {}
         self._sync: dict[str, float] = {}
 
     # --- weights out, answers in -----------------------------------------------------------------
 
-    def publish(self, weights: Weights, version: int) -> None:
-        """Return when the server samples from these weights, under this version."""
-        self._weights, self._version = weights, version
+    def publish(self, weights: Weights, step: int) -> None:
+        """Return when the server samples from these weights, as this run's version of `step`."""
+        self._weights, self._published = weights, step
         with self.phase("publish"):
             self._mended(self._publish)
         self._ask_ahead()
@@ -250,7 +257,9 @@ class Leader:
     def _publish(self) -> None:
         assert self._weights is not None
         report = self.publisher.publish(
-            self._weights.named(), self._version, lora_scale=self._weights.lora_scale
+            self._weights.named(),
+            self.versions.name(self._published),
+            lora_scale=self._weights.lora_scale,
         )
         self._sync = {
             "sync/bytes": float(report.num_bytes),
@@ -262,7 +271,7 @@ class Leader:
         with self.phase("rollout"):
             collected = self._mended(self._first_pending)
         self._pending.popleft()
-        self._begun = Progress(step + 1, collected.position)
+        self._begun = replace(self._begun, step=step + 1, position=collected.position)
         return collected
 
     def _first_pending(self) -> Collected:
@@ -271,14 +280,14 @@ class Leader:
 
     def _ask_ahead(self) -> None:
         """Have the answers generated that the published weights are new enough for."""
-        last = min(self._version + self.config.rollout.staleness, self.config.steps - 1)
+        last = min(self._published + self.config.rollout.staleness, self.config.steps - 1)
         while self._begun.step + len(self._pending) <= last:
             step = self._begun.step + len(self._pending)
             self._pending.append(self._thread.submit(self._collect, step))
 
     def _collect(self, step: int) -> Collected:
         collected = self.collector.collect(step, self._asked.position, self.display.phase)
-        self._asked = Progress(step + 1, collected.position)
+        self._asked = replace(self._asked, step=step + 1, position=collected.position)
         return collected
 
     def _mended(self, action: Callable[[], T]) -> T:
@@ -304,7 +313,8 @@ class Leader:
         self._pending = deque(kept)
         self._asked = self._begun
         if kept:
-            self._asked = Progress(self._begun.step + len(kept), kept[-1].result().position)
+            step, position = self._begun.step + len(kept), kept[-1].result().position
+            self._asked = replace(self._begun, step=step, position=position)
 
     # --- what is told ----------------------------------------------------------------------------
 

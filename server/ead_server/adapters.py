@@ -17,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ead_sampler.bad_numbers import is_finite
 from ead_server.weight_files import Manifest, Spec, WeightsRefused
+from ead_server.weight_folders import not_finite
 
 _A, _B = ".lora_A", ".lora_B"
 _FILE_BYTES = 256 << 20  # of what is written, and so of memory
@@ -92,7 +94,8 @@ def merge(
     """Write the checkpoint's adapted matrices with their adapters in them to files in `out`.
 
     whole: and all other tensors as they are. Every one gets the dtype that is served. The files of
-    adapters have passed AdapterManifest.check_whole.
+    adapters have passed AdapterManifest.check_whole and check_numbers. Raises WeightsRefused for a
+    matrix that is not finite with its adapter.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, "pt")) for file in adapters]
@@ -110,7 +113,10 @@ def merge(
                             tensor = file.get_tensor(name)
                         else:
                             continue
-                        yield name, tensor.to(getattr(torch, manifest.specs[name].dtype))
+                        dtype = getattr(torch, manifest.specs[name].dtype)
+                        if name + _A in factors and not is_finite(tensor, dtype):
+                            raise not_finite(f"{name} with its adapter", dtype)
+                        yield name, tensor.to(dtype)
 
         bucket: dict[str, Tensor] = {}
         for name, tensor in merged():

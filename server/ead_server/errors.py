@@ -32,7 +32,10 @@ def as_openai_error(body: bytes) -> dict[str, Any]:
     if not isinstance(error, dict):
         error = {"message": str(error)}
     message = str(error.get("message") or error.get("detail") or error)
-    return openai_error(message, error.get("param"), error.get("type"), error.get("code"))
+    kind, code = error.get("type"), error.get("code")
+    if str(kind).isdigit():  # SGLang's, where it has nothing but a status
+        kind = "server_error" if int(str(kind)) >= 500 else None
+    return openai_error(message, error.get("param"), kind, code)
 
 
 class LimitExceeded(ValueError):

@@ -6,7 +6,7 @@ launcher started has no settings, and this lets everything through.
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,23 @@ from ead_server.errors import Refusal, openai_error
 from ead_server.headers import UPLOADS, is_preflight, refused_headers
 from ead_server.keys import ADMIN_ROUTES, OPEN, bearer, is_key, refused_key, sglang_admin_paths
 from ead_server.settings import Settings
-from ead_server.weight_files import WeightsRefused, files_of, tensors_in
+from ead_server.weight_files import WeightsRefused
+from ead_server.weight_folders import check_numbers, open_folder
 from ead_server.weights import served_weights
 
 # bodies that are worked on as they come, whatever their size
 STREAMED = ("/v1/weights/tensors", "/v1/weights/adapters")
-# They carry pickled data, which this server does not unpack, whoever sends it.
-PICKLED = (
-    "/update_weights_from_tensor",
-    "/update_weights_from_ipc",
-    "/load_lora_adapter_from_tensors",
-)
+_OURS = "use /v1/weights/tensors, /v1/weights/disk or /v1/weights/distributed"
+_PICKLED = f"carries pickled data, which this server does not unpack: {_OURS}"
+_UNCHECKED = f"could leave weights that are incomplete or no numbers: {_OURS}"
+CLOSED = {  # whoever calls
+    "/update_weights_from_tensor": _PICKLED,
+    "/update_weights_from_ipc": _PICKLED,
+    "/load_lora_adapter_from_tensors": _PICKLED,
+    "/begin_weight_update": _UNCHECKED,
+    "/update_weights_from_distributed": _UNCHECKED,
+    "/end_weight_update": _UNCHECKED,
+}
 LOADED_FROM = {
     "/v1/weights/disk": "folder",
     "/update_weights_from_disk": "model_path",
@@ -104,7 +110,7 @@ class Guard:
                 or (b"" if path in STREAMED else await self._body(call, scope, receive))
             )
             if isinstance(body, bytes):
-                body = _refused_load(current, path, body) or body
+                body = await _refused_load(current, path, body) or body
             if isinstance(body, Refusal):
                 call.refused = body.reason
                 await _refuse(observed, body)
@@ -201,52 +207,35 @@ def _incomplete(call: Call, *, is_admin: bool) -> Refusal | None:
     return None if is_admin else Refusal(503, str(weights.standstill), "weights", headers=headers)
 
 
-def _refused_load(current: Settings, path: str, body: bytes) -> Refusal | None:
-    if path in PICKLED:
-        message = (
-            f"{path} carries pickled data, which this server does not unpack: use "
-            "/v1/weights/tensors, /v1/weights/disk or /v1/weights/distributed"
-        )
-        return Refusal(403, message, "weights")
+async def _refused_load(current: Settings, path: str, body: bytes) -> Refusal | None:
+    if path in CLOSED:
+        return Refusal(403, f"{path} {CLOSED[path]}", "weights")
     name = LOADED_FROM.get(path)
     if name is None:
         return None
     try:
         request = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None  # SGLang says so
+    except orjson.JSONDecodeError as error:  # another parser might see something in it
+        return Refusal(400, f"the request body is not valid JSON: {error}", "invalid")
     value = request.get(name) if isinstance(request, dict) else None
     if not isinstance(value, str):
         return None
     if current.weights_root is None:
         message = f"{name}: this server loads no weights; start it with --weights-root FOLDER"
         return Refusal(403, message, "weights", name)
-    folder, root = Path(os.path.realpath(value)), Path(os.path.realpath(current.weights_root))
-    if not folder.is_relative_to(root):
-        message = f"{name}: must be in the folder given as --weights-root, got {value!r:.200}"
-        return Refusal(403, message, "weights", name)
     if request.get("load_format") not in (None, "auto", "safetensors"):
         message = "load_format: must be 'auto' or 'safetensors'"
         return Refusal(403, message, "weights", "load_format")
-    if not any(folder.glob("*.safetensors")):  # SGLang falls back to unpickling .bin files
-        message = f"{name}: must hold *.safetensors files, got {value!r:.200}"
-        return Refusal(400, message, "weights", name)
-    return _fatal_shape(folder) if path == "/update_weights_from_disk" else None
-
-
-def _fatal_shape(folder: Path) -> Refusal | None:
-    """SGLang dies of a tensor with another shape than the model's."""
-    weights = served_weights()
-    try:
-        manifest = None if weights is None else weights.manifest
-    except WeightsRefused:  # not known, of a quantised model
-        manifest = None
-    try:
-        if manifest is not None:
-            manifest.check_shapes(tensors_in(files_of(str(folder))))
-    except WeightsRefused as refused:
-        return Refusal(refused.status, str(refused), "weights", refused.param)
+    if path == "/load_lora_adapter":  # the others' files are checked by Weights
+        try:
+            await asyncio.to_thread(_check_adapter, value, current.weights_root, name)
+        except WeightsRefused as refused:
+            return Refusal(refused.status, str(refused), "weights", refused.param)
     return None
+
+
+def _check_adapter(folder: str, root: Path, field: str) -> None:
+    check_numbers(open_folder(folder, root, field).files, {})
 
 
 async def _refuse(send: Send, refusal: Refusal) -> None:

@@ -38,7 +38,8 @@ from ead_server.rollouts import (
     plan,
     until_gone,
 )
-from ead_server.routing import OpenAIErrorsRoute, refused_values
+from ead_server.routing import OpenAIErrorsRoute, refused_values, refused_weights
+from ead_server.weight_files import WeightsRefused
 from ead_server.weights import served_weights
 
 Json = dict[str, Any]
@@ -389,6 +390,7 @@ def install_routes(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, refuse_values)  # type: ignore[arg-type]
     if settings.current() is not None:
         stop_at_first_mistake(app.routes)
+        app.add_exception_handler(WeightsRefused, refused_weights)  # type: ignore[arg-type]
         app.add_exception_handler(StarletteHTTPException, _no_such_route)  # type: ignore[arg-type]
 
 

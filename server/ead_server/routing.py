@@ -46,8 +46,7 @@ class OpenAIErrorsRoute(APIRoute):
                 told = openai_error(str(error), "Idempotency-Key", "rate_limit_error", 429)
                 return JSONResponse(told, 429, headers={"retry-after": "5"})
             except WeightsRefused as error:
-                tell_refused("weights")
-                return _refused((str(error), error.param), error.status)
+                return await refused_weights(request, error)
 
         return handle
 
@@ -68,6 +67,12 @@ def refused_values(error: RequestValidationError) -> Response:
     if first["type"] == "json_invalid":
         return _refused((f"{_NO_JSON}: {first['ctx']['error']}", None))
     return _refused(_told({**first, "loc": first["loc"][1:]}))
+
+
+async def refused_weights(request: Request, error: WeightsRefused) -> Response:
+    """Also where one of SGLang's routes found out."""
+    tell_refused("weights")
+    return _refused((str(error), error.param), error.status)
 
 
 def _told(error: Any) -> tuple[str, str]:

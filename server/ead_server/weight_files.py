@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -81,13 +82,6 @@ class Manifest:
             raise WeightsRefused(message, param=name[:200])
         return seen
 
-    def check_shapes(self, found: Iterable[tuple[str, Spec]]) -> None:
-        """Only what SGLang would die of. Raises WeightsRefused."""
-        for name, spec in found:
-            want = self.specs.get(name)
-            if want is not None and spec.shape != want.shape:
-                raise WeightsRefused(_wrong("shape", name, want, spec), param=name)
-
     def check_whole(self, found: Iterable[tuple[str, Spec]]) -> None:
         """As `check`, and also for one that is missing."""
         missing = sorted(self.required - self.check(found))
@@ -132,7 +126,7 @@ def files_of(path: str, revision: str | None = None) -> list[Path]:
     loader = DefaultModelLoader(LoadConfig(load_format="safetensors"))
     try:
         _, files, _ = loader._prepare_weights(path, revision, fall_back_to_pt=False)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise WeightsRefused(f"no safetensors in {path}: {error}") from None
     return [Path(file) for file in files]
 
@@ -143,16 +137,25 @@ def tensors_in(files: Iterable[Path]) -> Iterator[tuple[str, Spec]]:
 
 
 def _header(file: Path) -> Iterator[tuple[str, Spec]]:
+    with opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+            tensor = tensors.get_slice(name)
+            dtype = tensor.get_dtype()
+            yield name, Spec(dtype=_DTYPES.get(dtype, dtype), shape=tensor.get_shape())
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """What safetensors' safe_open gives. Raises WeightsRefused, also while it is used."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
-                tensor = opened.get_slice(name)
-                dtype = tensor.get_dtype()
-                yield name, Spec(dtype=_DTYPES.get(dtype, dtype), shape=tensor.get_shape())
+        with safe_open(file, "pt") as tensors:
+            yield tensors
     except SafetensorError as error:
         raise WeightsRefused(f"{file.name} is not safetensors: {error}") from None
+    except OSError as error:
+        raise WeightsRefused(f"{file.name} cannot be read: {error.strerror or error}") from None
 
 
 def _is_loaded(name: str, config: Any) -> bool:
@@ -205,12 +208,16 @@ class Wanted(Protocol):
 
 
 async def receive_files(
-    body: AsyncIterator[bytes], folder: Path, wanted: Wanted
+    body: AsyncIterator[bytes],
+    folder: Path,
+    wanted: Wanted,
+    check_numbers: Callable[[Path], None],
 ) -> dict[str, Spec]:
     """Write safetensors files, each after its length (uint64, little-endian), to `folder`.
 
-    Returns the tensors in them. Raises WeightsRefused unless they are all that is wanted, and
-    OSError where there is no room.
+    check_numbers: of one file that is there; called in a thread, raises WeightsRefused. Returns the
+    tensors in them. Raises WeightsRefused unless they are all that is wanted, and OSError where
+    there is no room.
     """
     pieces = _Pieces(body)
     found: list[tuple[str, Spec]] = []
@@ -231,10 +238,11 @@ async def receive_files(
                     raise WeightsRefused("the body ended in the middle of a file")
                 await asyncio.to_thread(out.write, piece)
                 left -= len(piece)
-        bucket = list(tensors_in([file]))
+        bucket = await asyncio.to_thread(list, tensors_in([file]))
         if not bucket:
             raise WeightsRefused("a file without tensors")
         found += bucket
         wanted.check(found)
+        await asyncio.to_thread(check_numbers, file)
     wanted.check_whole(found)
     return dict(found)

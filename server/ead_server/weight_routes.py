@@ -110,7 +110,8 @@ async def read_weights(request: Request) -> Served:
 @router.get("/v1/weights/manifest")
 async def read_manifest(request: Request) -> list[Expected]:
     """The tensors that an update brings, by their names in the model's checkpoint."""
-    manifest = _weights(request).manifest
+    weights = _weights(request)
+    manifest = await asyncio.to_thread(lambda: weights.manifest)
     return [
         Expected(name=name, dtype=spec.dtype, shape=spec.shape, required=name in manifest.required)
         for name, spec in manifest.specs.items()

@@ -1,13 +1,15 @@
 """New weights into the engine while it serves, whole or not at all.
 
-However they come, it is one transaction: check everything (`weight_files`); pause; flush the
-cache; load; set the version; continue. What goes wrong before the load leaves the old weights
+However they come, it is one transaction: check everything (names, shapes and dtypes by
+`weight_files`, every number by `weight_folders`); pause; flush the cache; load; set the version;
+continue. What goes wrong before the load leaves the old weights
 serving. What goes wrong in it leaves the engine paused, and `Weights.broken` says why, until a
 whole update has come: half-new weights are never sampled from.
 
 Tensors over HTTP wait in files until the last of them is there. A trainer that dies while it sends
 leaves no trace, and generation pauses for a load from disk only. A broadcast goes straight into the
-engine, which is paused meanwhile, so a trainer that dies in it leaves it paused.
+engine, which is paused meanwhile, so a trainer that dies in it leaves it paused; its numbers are
+checked bucket by bucket, each before it is loaded (`ead_sampler.bad_numbers`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ead_sampler.defaults import shared_defaults
+from ead_server import settings
 from ead_server.adapters import AdapterManifest, matrices, merge
 from ead_server.weight_files import (
     Manifest,
@@ -36,6 +40,7 @@ from ead_server.weight_files import (
     receive_files,
     tensors_in,
 )
+from ead_server.weight_folders import WeightFolder, check_numbers, open_folder
 
 # What becomes of answers in progress. retract: they go on from their tokens, whose keys and values
 # the new weights compute anew, so that each token is from one version and its log-probabilities are
@@ -98,6 +103,10 @@ class Weights:
         """What a version must bring. Raises WeightsRefused where that cannot be known."""
         return manifest_of(self.manager)
 
+    async def _manifest(self) -> Manifest:
+        """As `manifest`, which reads files when it is first asked for."""
+        return await asyncio.to_thread(lambda: self.manifest)
+
     @property
     def standstill(self) -> str | None:
         """Why nothing is generated now; None: it is."""
@@ -116,7 +125,10 @@ class Weights:
         """
         with self._claimed(version), _spool() as folder:
             started = time.perf_counter()
-            await receive_files(body, folder, self.manifest)
+            manifest = await self._manifest()
+            await receive_files(
+                body, folder, manifest, lambda file: check_numbers([file], manifest.specs)
+            )
             transfer = time.perf_counter() - started
             load = partial(self._load_folder, str(folder))
             return {"transfer": transfer, **await self._replace(version, pause, load)}
@@ -133,7 +145,11 @@ class Weights:
             came, merged = folder / "came", folder / "merged"
             came.mkdir()
             merged.mkdir()
-            adapted = matrices(await receive_files(body, came, AdapterManifest(self.manifest)))
+            manifest = await self._manifest()
+            factors = await receive_files(
+                body, came, AdapterManifest(manifest), lambda file: check_numbers([file], {})
+            )
+            adapted = matrices(factors)
             transfer = time.perf_counter() - started
             updates, before = self._adapted
             args = self.manager.server_args
@@ -141,8 +157,8 @@ class Weights:
             await asyncio.to_thread(
                 merge,
                 sorted(came.iterdir()),
-                files_of(args.model_path, args.revision),
-                self.manifest,
+                await asyncio.to_thread(files_of, args.model_path, args.revision),
+                manifest,
                 scale=scale,
                 whole=not (known and before <= adapted),
                 out=merged,
@@ -152,14 +168,40 @@ class Weights:
             self._adapted = shared_defaults().weight_updates, adapted
             return {"transfer": transfer, "merge": merging, **seconds}
 
-    async def from_disk(self, folder: str, version: str, pause: Pause) -> Seconds:
-        """folder: of safetensors files."""
+    async def from_disk(
+        self,
+        folder: str,
+        version: str,
+        pause: Pause,
+        field: str = "folder",
+        *,
+        recapture: bool = False,
+    ) -> Seconds:
+        """folder: of safetensors files, below --weights-root. field: what the request calls it.
+
+        recapture: SGLang's CUDA graphs, after the load.
+        """
         with self._claimed(version):
-            if not Path(folder).is_dir():  # or SGLang would look for it on a hub
-                raise WeightsRefused(f"no folder {folder!r:.200}", param="folder")
-            self.manifest.check_whole(tensors_in(files_of(folder)))
-            load = partial(self._load_folder, folder)
+            checked = await asyncio.to_thread(self.checked_folder, folder, field)
+            load = partial(self._load_checked, checked, recapture=recapture)
             return await self._replace(version, pause, load)
+
+    def checked_folder(self, folder: str, field: str) -> WeightFolder:
+        """A folder that holds a version; to be called in a thread. Raises WeightsRefused."""
+        current = settings.current()
+        root = None if current is None else current.weights_root
+        checked = open_folder(folder, root, field)
+        try:
+            manifest = self.manifest
+        except WeightsRefused:
+            if field == "folder":
+                raise
+            # SGLang's route also loads quantised models, of which only the numbers can be checked
+            check_numbers(checked.files, {})
+        else:
+            manifest.check_whole(tensors_in(checked.files))
+            check_numbers(checked.files, manifest.specs)
+        return checked
 
     async def from_broadcast(
         self,
@@ -175,7 +217,8 @@ class Weights:
         "receive" when it is to begin.
         """
         with self._claimed(version):
-            self.manifest.check_whole(chain.from_iterable(buckets))
+            manifest = await self._manifest()
+            manifest.check_whole(chain.from_iterable(buckets))
             if self.manager.server_args.dp_size > 1:
                 raise WeightsRefused("SGLang has no broadcast to data-parallel replicas")
             started = time.perf_counter()
@@ -230,14 +273,15 @@ class Weights:
         """Pause, and flush the cache, which nothing fills before the engine goes on."""
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
-        # abort by itself leaves the scheduler running, and in a paused one ends only what waits
-        modes = ["abort", "retract"] if pause == "abort" else [pause]
-        if pause == "abort" and self.manager.is_pause:
-            modes.insert(0, "retract")
+        # SGLang's own mode "abort" waits until every client has read the end of its answer. What is
+        # retracted waits in a paused engine, and can be ended there.
+        mode = "retract" if pause == "abort" else pause
         deadline = time.monotonic() + BUSY_SECONDS
+        wait = 0.1
         while True:
-            for mode in modes:
-                await self.manager.pause_generation(PauseGenerationReqInput(mode=mode))
+            await self.manager.pause_generation(PauseGenerationReqInput(mode=mode))
+            if pause == "abort":
+                self.manager.abort_request(abort_all=True)
             flushed = await self.manager.flush_cache()
             if flushed.success or pause == "in_place" or self.broken is not None:
                 return  # a broken update has left the cache empty
@@ -245,24 +289,40 @@ class Weights:
                 await self._go_on()
             if paused_by_user or time.monotonic() > deadline:
                 raise WeightsRefused("requests keep the cache from being flushed", status=503)
-            await asyncio.sleep(0.1)  # SGLang is compiling the grammar of a request
+            # SGLang is compiling the grammar of a request. The others go on meanwhile, and ever
+            # longer, since each pause costs them what they have in the cache.
+            await asyncio.sleep(wait)
+            wait *= 2
 
     async def _go_on(self) -> None:
         from sglang.srt.managers.io_struct import ContinueGenerationReqInput
 
         await self.manager.continue_generation(ContinueGenerationReqInput())
 
-    async def _load_folder(self, folder: str) -> None:
+    async def _load_checked(self, folder: WeightFolder, *, recapture: bool) -> None:
+        """What is loaded is what was checked, or the update is a broken one."""
+        if not await asyncio.to_thread(lambda: folder.unchanged):
+            raise NothingLoaded("the files have changed since they were checked")
+        await self._load_folder(str(folder.path), recapture=recapture)
+        if not await asyncio.to_thread(lambda: folder.unchanged):
+            raise RuntimeError("the files changed while they were loaded")
+
+    async def _load_folder(self, folder: str, *, recapture: bool = False) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
         manager = self.manager
         names = manager.served_model_name, manager.model_path  # SGLang makes the folder both
         request = UpdateWeightFromDiskReqInput(
-            model_path=folder, load_format="safetensors", flush_cache=False
+            model_path=folder,
+            load_format="safetensors",
+            flush_cache=False,
+            recapture_cuda_graph=recapture,
         )
+        token = in_transaction.set(True)
         try:
             success, message, _ = await manager.update_weights_from_disk(request)
         finally:
+            in_transaction.reset(token)
             manager.served_model_name, manager.model_path = names
         if not success:
             raise RuntimeError(message)
@@ -356,6 +416,8 @@ def _spool() -> Iterator[Path]:
         raise WeightsRefused(message, status=507) from error
 
 
+# Set where the transaction calls SGLang, whose hooked methods then do what is SGLang's alone.
+in_transaction: ContextVar[bool] = ContextVar("eadin_transaction", default=False)
 _weights: Weights | None = None
 
 
