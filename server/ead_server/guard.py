@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from ead_server import metrics, settings
+from ead_server import metrics, settings, state
 from ead_server.asgi import (
     Message,
     Receive,
@@ -40,7 +40,7 @@ from ead_server.asgi import (
     route_of,
     send_json,
 )
-from ead_server.ending import while_it_starts
+from ead_server.ending import call_in_progress, from_start_to_end
 from ead_server.errors import openai_error
 from ead_server.settings import Settings
 from ead_server.weight_files import WeightsRefused, files_of, tensors_in
@@ -120,8 +120,10 @@ class Guard:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         current, path = settings.current(), route_of(scope)
         if current is not None and scope["type"] == "lifespan":
-            await self.app(scope, while_it_starts(receive), send)
+            await self.app(scope, from_start_to_end(receive), send)
         elif current is None or path in OPEN:
+            if path == "/ready":  # SGLang's own remembers one failed health check
+                scope = {**scope, "path": scope["path"].removesuffix(path) + "/health/ready"}
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             if self._refused_key(current, "GET", path, scope) is not None:
@@ -132,8 +134,11 @@ class Guard:
                 await self.app(scope, receive, send)
             finally:
                 current_call.reset(token)
-        else:
+        elif _same(_bearer(scope["headers"]), current.warm_up_key):
             await self._http(current, path, scope, receive, send)
+        else:
+            with call_in_progress():
+                await self._http(current, path, scope, receive, send)
 
     async def _http(
         self, current: Settings, path: str, scope: Any, receive: Receive, send: Send
@@ -156,7 +161,12 @@ class Guard:
                 or (b"" if path in STREAMED else await self._body(call, scope, receive))
             )
             if isinstance(body, bytes):
-                body = _refused_load(current, path, body) or _refused_template(body) or body
+                body = (
+                    _draining(call, scope)  # it may have been long on its way
+                    or _refused_load(current, path, body)
+                    or _refused_template(body)
+                    or body
+                )
             if isinstance(body, Refusal):
                 call.refused = body.reason
                 await _refuse(observed, body)
@@ -252,10 +262,9 @@ def _draining(call: Call, scope: Any) -> Refusal | None:
     Not SGLang's own first requests: it kills the worker that does not get its answer, and with it
     what clients are waiting for, of a server that is told to end while it starts.
     """
-    from sglang.srt.entrypoints.http_server import get_global_state
-
-    state = get_global_state()
-    if call.method == "GET" or state is None or not state.tokenizer_manager.gracefully_exit:
+    if call.method == "GET" or not state.draining():
+        return None
+    if call.path == "/continue_generation":  # without it, nobody that waits could be answered
         return None
     if _same(_bearer(scope["headers"]), call.settings.warm_up_key):
         return None
