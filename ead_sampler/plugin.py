@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED_SGLANG = "0.5.23"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+_MIDDLEWARE = "ead_server.middleware"
 
 
 class Hook(NamedTuple):
@@ -209,7 +210,7 @@ def _extend() -> None:
     for hook, ours in found:
         HookRegistry.register(hook.target, ours, HookType[hook.kind])
     if _serves_http():
-        importlib.import_module("ead_server.middleware").install()
+        importlib.import_module(_MIDDLEWARE).install()
         shared_defaults()  # made here, before any worker process that shares it
         # With several tokenizer workers, uvicorn imports its app by this name in each of them.
         os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "ead_server.app:app")
@@ -268,7 +269,7 @@ _TRUE = ("1", "true", "yes", "y")  # as SGLang reads them
 def _cannot_import() -> list[str]:
     """What our own modules need and this environment lacks."""
     try:
-        for module in sorted({hook.ours.partition(":")[0] for hook in HOOKS}):
+        for module in sorted({_MIDDLEWARE, *(hook.ours.partition(":")[0] for hook in HOOKS)}):
             importlib.import_module(module)
     except ImportError as error:
         return [f"this environment lacks what ead[server] needs ({error})"]
