@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,7 @@ from conftest import TINY_FLAGS
 
 from benchmarks import dying
 from benchmarks.dying import Case, running, tried, wait_for
-from ead_server.process import ServerProcess
+from ead_server.process import ServerProcess, descendants
 
 KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
 
@@ -109,15 +110,27 @@ def test_a_second_ctrl_c_ends_at_once(tiny_model: Path, tmp_path: Path) -> None:
 # --- --restart, on commands that need no model --------------------------------------------------
 
 
-def kept_alive(tmp_path: Path, code: str, pause_s: float = 0.05) -> subprocess.Popen[str]:
+@contextmanager
+def kept_alive(tmp_path: Path, code: str, pause_s: float = 0.05) -> Iterator[subprocess.Popen[str]]:
     """A process that keeps `python -c code` alive; each run leaves a line in `runs`."""
+    process = subprocess.Popen(keeper(tmp_path, code, pause_s), stderr=subprocess.PIPE, text=True)
+    with process:
+        try:
+            yield process
+        finally:
+            left = descendants(process.pid)
+            for pid in (process.pid, *left):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, KILL)
+
+
+def keeper(tmp_path: Path, code: str, pause_s: float = 0.05) -> tuple[str, ...]:
     told = f"open({str(tmp_path / 'runs')!r}, 'a').write(f'{{os.getpid()}}\\n')"
-    command = f"import os, signal, time; {told}; {textwrap.dedent(code)}"
-    keeper = (
-        "import sys; from ead_server.process import keep_alive; "
-        f"sys.exit(keep_alive([sys.executable, '-c', {command!r}], pause_s={pause_s}))"
-    )
-    return subprocess.Popen([sys.executable, "-c", keeper], stderr=subprocess.PIPE, text=True)
+    before, _, after = code.rpartition("; ")
+    command = f"import os, signal, time; {before or 'pass'}; {told}; {after}"
+    keep = f"keep_alive([sys.executable, '-c', {command!r}], pause_s={pause_s})"
+    text = f"import sys; from ead_server.process import keep_alive; sys.exit({keep})"
+    return sys.executable, "-c", text
 
 
 def runs(tmp_path: Path) -> list[int]:
@@ -126,40 +139,38 @@ def runs(tmp_path: Path) -> list[int]:
 
 
 def test_told_to_end_between_two_runs_it_begins_no_other(tmp_path: Path) -> None:
-    keeper = kept_alive(tmp_path, "os._exit(1)", pause_s=600)
-    assert keeper.stderr is not None
-    assert "starting it again" in keeper.stderr.readline()
-    keeper.send_signal(TERM)
-    assert keeper.wait(timeout=60) == 0
+    with kept_alive(tmp_path, "os._exit(1)", pause_s=600) as keeper:
+        assert keeper.stderr is not None
+        assert "starting it again" in keeper.stderr.readline()
+        keeper.send_signal(TERM)
+        assert keeper.wait(timeout=60) == 0
     assert len(runs(tmp_path)) == 1
 
 
 def test_three_short_runs_end_with_what_ended_the_last(tmp_path: Path) -> None:
-    keeper = kept_alive(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert keeper.wait(timeout=60) == 128 + signal.SIGKILL
+    with kept_alive(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)") as keeper:
+        assert keeper.wait(timeout=60) == 128 + KILL
     assert len(runs(tmp_path)) == 3
 
 
 def test_a_server_that_is_stopped_is_replaced(tmp_path: Path) -> None:
-    keeper = kept_alive(tmp_path, "time.sleep(600)")
-    wait_for(lambda: len(runs(tmp_path)) == 1)
-    os.kill(runs(tmp_path)[0], STOP)
-    wait_for(lambda: len(runs(tmp_path)) == 2)
-    keeper.send_signal(TERM)
-    assert keeper.wait(timeout=60) == 0
+    with kept_alive(tmp_path, "time.sleep(600)") as keeper:
+        wait_for(lambda: len(runs(tmp_path)) == 1)
+        os.kill(runs(tmp_path)[0], STOP)
+        wait_for(lambda: len(runs(tmp_path)) == 2)
+        keeper.send_signal(TERM)
+        assert keeper.wait(timeout=60) == 0
 
 
 def test_a_server_with_restart_is_stopped_with_all_it_started(tmp_path: Path) -> None:
     """It is deaf to SIGTERM, and in a session of its own."""
-    code = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    told = f"open({str(tmp_path / 'runs')!r}, 'a').write(f'{{os.getpid()}}\\n')"
-    command = f"import os, signal, time; {code.split(';')[0]}; {told}; time.sleep(600)"
-    keeper = (
-        "import sys; from ead_server.process import keep_alive; "
-        f"sys.exit(keep_alive([sys.executable, '-c', {command!r}]))"
-    )
-    process = ServerProcess([], tmp_path / "log", command=(sys.executable, "-c", keeper))
-    wait_for(lambda: len(runs(tmp_path)) == 1)
-    server = psutil.Process(runs(tmp_path)[0])
-    process.stop(timeout_s=0.5)
-    wait_for(lambda: running([server]) == [], 10)
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    with ServerProcess([], tmp_path / "log", command=keeper(tmp_path, deaf)) as process:
+        wait_for(lambda: len(runs(tmp_path)) == 1)
+        server = psutil.Process(runs(tmp_path)[0])
+        process.stop(timeout_s=0.5)
+        try:
+            wait_for(lambda: running([server]) == [], 10)
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                server.kill()

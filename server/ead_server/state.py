@@ -61,6 +61,7 @@ def now() -> Status:
     if weights is None:
         return Status(State.STARTING, "starting")
     if weights.standstill is not None:
+        _stood_still_at[0] = time.time()
         paused = weights.broken is None and weights.updating is None
         return Status(State.PAUSED if paused else State.UPDATING, weights.standstill)
     if starting():
@@ -71,12 +72,17 @@ def now() -> Status:
     return Status(State.READY, "ready")
 
 
+_stood_still_at = [0.0]  # time.time() of the last look that found it so
+
+
 def _silent_for(manager: Any) -> float | None:
     """Seconds for which the engine has kept those who wait without any sign of life, if they are
-    too many. SGLang itself only looks when it is asked to generate for /health."""
+    too many. SGLang itself only looks when it is asked to generate for /health. In a standstill
+    nobody expected one."""
     from sglang.srt.entrypoints.http_server import HEALTH_CHECK_TIMEOUT
 
     moment = time.perf_counter()
     waiting = [moment - s.time_stats.created_time for s in list(manager.rid_to_state.values())]
-    silent = min(max(waiting, default=0.0), time.time() - manager.last_receive_tstamp)
+    heard_at = max(manager.last_receive_tstamp, _stood_still_at[0])
+    silent = min(max(waiting, default=0.0), time.time() - heard_at)
     return silent if silent > HEALTH_CHECK_TIMEOUT else None
