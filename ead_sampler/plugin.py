@@ -186,6 +186,7 @@ def load() -> None:
     reason. SGLang only logs an exception of a plugin and would then serve without annealing,
     silently; hence SystemExit.
     """
+    serves_http = _serves_http()  # before our checks, which import all of SGLang
     problems = _foreign() or _cannot_import()
     if not problems:
         from ead_sampler import device
@@ -197,10 +198,10 @@ def load() -> None:
         return
     if problems := _bad_default():
         raise SystemExit(f"ead: {problems[0]}")
-    _extend()
+    _extend(serves_http=serves_http)
 
 
-def _extend() -> None:
+def _extend(*, serves_http: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from ead_sampler.defaults import shared_defaults
@@ -209,7 +210,7 @@ def _extend() -> None:
     found = [(hook, _resolve(hook.ours)) for hook in HOOKS]
     for hook, ours in found:
         HookRegistry.register(hook.target, ours, HookType[hook.kind])
-    if _serves_http():
+    if serves_http:
         importlib.import_module(_MIDDLEWARE).install()
         shared_defaults()  # made here, before any worker process that shares it
         # With several tokenizer workers, uvicorn imports its app by this name in each of them.
@@ -217,7 +218,7 @@ def _extend() -> None:
     if _SERVED in os.environ and multiprocessing.parent_process() is not None:
         watch = importlib.import_module("ead_server.watch")
         watch.start_in_engine()
-        if not _serves_http():
+        if not serves_http:
             watch.ignore_what_is_for_the_main_process()
 
 
