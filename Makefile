@@ -6,7 +6,7 @@ SGLANG := sglang==0.5.23
 READ_BY_TESTS := trl==1.16.0 verl==0.9.1 docker-compose==1.29.2
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test check format soak bench learn docs clean
+.PHONY: help venv demo test check format fuzz soak bench learn docs clean
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
@@ -51,8 +51,11 @@ format: venv ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: venv ## more than 10,000 requests that nobody would send; SEED=1, 2, ... are others
+fuzz: venv ## more than 10,000 requests that nobody would send; SEED=1, 2, ... are others
 	@EAD_FUZZ_SCALE=4 EAD_FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/test_fuzz.py
+
+soak: venv ## 10 minutes of all kinds of requests, then every way of dying: about an hour
+	@$(BIN)/python -m benchmarks.soak
 
 bench: venv ## the whole server's speed against plain SGLang
 	@$(BIN)/python -m benchmarks.decode

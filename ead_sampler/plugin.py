@@ -18,13 +18,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing, shared_defaults
-from ead_sampler.schedule import AnnealingError
-
 logger = logging.getLogger(__name__)
 
 SUPPORTED_SGLANG = "0.5.23"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+_MIDDLEWARE = "ead_server.middleware"
 
 
 class Hook(NamedTuple):
@@ -257,7 +255,7 @@ HOOKS = (
         "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
         "self signum frame",
         "AFTER",
-        "ead_server.ending:end_in_time",
+        "ead_server.ending:sigterm",
         "SGLang waits for the answers in progress without end",
     ),
     Hook(
@@ -278,47 +276,112 @@ HOOKS = (
 
 
 def load() -> None:
-    """Entry point: register the hooks, or stop this process with the reason.
+    """Entry point: register the hooks. It is in every environment that has any part of ead.
 
-    SGLang only logs an exception of a plugin and would then serve without annealing, silently;
-    hence SystemExit.
+    An SGLang that cannot be extended starts as it is, with one loud warning, unless annealing was
+    asked for, by `ead serve`, REQUIRED or a default schedule: then this process stops with the
+    reason. SGLang only logs an exception of a plugin and would then serve without annealing,
+    silently; hence SystemExit.
     """
-    from ead_sampler import device
+    serves_http = _serves_http()  # before our checks, which import all of SGLang
+    problems = _foreign() or _cannot_import()
+    if not problems:
+        from ead_sampler import device
 
-    logger.info("device: %s", device.choose())
-    problems = check_sglang() or _bad_default()
+        logger.info("device: %s", device.choose())
+        problems = check_sglang()
     if problems:
-        raise SystemExit("ead cannot extend this SGLang:\n  " + "\n  ".join(problems))
+        _leave_unextended(problems)
+        return
+    if problems := _bad_default():
+        raise SystemExit(f"ead: {problems[0]}")
+    _extend(serves_http=serves_http)
 
+
+def _extend(*, serves_http: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for hook in HOOKS:
-        HookRegistry.register(hook.target, _resolve(hook.ours), HookType[hook.kind])
-    if _serves_http():
-        importlib.import_module("ead_server.middleware").install()
+    from ead_sampler.defaults import shared_defaults
+
+    # all of them found before the first is registered: whole, or not at all
+    found = [(hook, _resolve(hook.ours)) for hook in HOOKS]
+    for hook, ours in found:
+        HookRegistry.register(hook.target, ours, HookType[hook.kind])
+    if serves_http:
+        importlib.import_module(_MIDDLEWARE).install()
         shared_defaults()  # made here, before any worker process that shares it
         # With several tokenizer workers, uvicorn imports its app by this name in each of them.
         os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "ead_server.app:app")
+    if _SERVED in os.environ and multiprocessing.parent_process() is not None:
+        watch = importlib.import_module("ead_server.watch")
+        watch.start_in_engine()
+        if not serves_http:
+            watch.ignore_what_is_for_the_main_process()
+
+
+# --- may it be extended? ----------------------------------------------------------------------
+
+REQUIRED = "EAD_REQUIRE"  # environment: "1" stops an SGLang that cannot be extended
+_SERVED = "EAD_SETTINGS"  # environment: set by `ead serve` alone, see ead_server.settings
+_DEFAULT_ANNEALING = "EAD_ANNEALING"  # environment: see ead_sampler.defaults
+_TOLD = "EAD_TOLD_UNEXTENDED"  # environment: the warning has been given, in this process's family
+
+
+def _leave_unextended(problems: list[str]) -> None:
+    environ = os.environ
+    asked = environ.get(REQUIRED, "").lower() in _TRUE or _SERVED in environ
+    if asked or environ.get(_DEFAULT_ANNEALING, "").strip():
+        raise SystemExit("ead cannot extend this SGLang:\n  " + "\n  ".join(problems))
+    if _TOLD not in environ:
+        environ[_TOLD] = "1"
+        print(
+            f"ead: WARNING: SGLang starts without ead: {'; '.join(problems)}. `annealing` and "
+            "`rollout` in requests are ignored, and /v1/rollouts, /v1/annealing and /v1/weights do "
+            f"not exist. {REQUIRED}=1 stops it instead; SGLANG_PLUGINS=none silences this.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def check_sglang() -> list[str]:
     """What is wrong with the installed SGLang, hook by hook; empty when all is as expected."""
+    return _foreign() or [problem for hook in HOOKS if (problem := _check(hook))]
+
+
+def _foreign() -> list[str]:
+    """Whether this is another SGLang than ours: found without importing it, or anything heavy."""
     try:
         found = version("sglang")
     except PackageNotFoundError:
         return [f"sglang is not installed; ead supports sglang {SUPPORTED_SGLANG}"]
     if found != SUPPORTED_SGLANG:
         return [f"found sglang {found}; this version of ead supports sglang {SUPPORTED_SGLANG}"]
-    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in _TRUE:
         return ["SGLANG_RUST_SERVER replaces the HTTP server that ead extends; unset it"]
-    return [problem for hook in HOOKS if (problem := _check(hook))]
+    return []
+
+
+_TRUE = ("1", "true", "yes", "y")  # as SGLang reads them
+
+
+def _cannot_import() -> list[str]:
+    """What our own modules need and this environment lacks."""
+    try:
+        for module in sorted({_MIDDLEWARE, *(hook.ours.partition(":")[0] for hook in HOOKS)}):
+            importlib.import_module(module)
+    except ImportError as error:
+        return [f"this environment lacks what ead[server] needs ({error})"]
+    return []
 
 
 def _bad_default() -> list[str]:
+    from ead_sampler.defaults import default_annealing
+    from ead_sampler.schedule import AnnealingError
+
     try:
         default_annealing()
     except AnnealingError as error:
-        return [f"{DEFAULT_ANNEALING} (ead serve --annealing): {error}"]
+        return [f"{_DEFAULT_ANNEALING} (ead serve --annealing): {error}"]
     return []
 
 

@@ -267,3 +267,6 @@ def shown(value: object) -> str:
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring = 3, 80
+
+
+import ead_sampler.kinds  # noqa: E402, F401  (which fills the registry of schedules)

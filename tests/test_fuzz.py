@@ -4,7 +4,7 @@ afterwards.
 Two makers of them: schemathesis, from the server's own description of its routes, which it holds
 the answers against; and random changes of valid bodies, raw bytes among them.
 
-A soak is EAD_FUZZ_SCALE=10 (or more) and EAD_FUZZ_SEED=1, 2, ...; the counts are printed with -s.
+More of them: `make fuzz`, or EAD_FUZZ_SCALE=10 and EAD_FUZZ_SEED=1, 2, ...; -s prints the counts.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def described(server: ServerProcess) -> Any:
 
 
 def cases(schema: Any) -> Iterator[Any]:
-    """Cases of every operation of the schema: random ones, valid and not; in a soak also those at
-    the limits of each field, one at a time."""
+    """Cases of every operation of the schema: random ones, valid and not; of `make fuzz` also
+    those at the limits of each field, one at a time."""
     for found in schema.get_all_operations():
         operation = found.ok()
         for mode in GenerationMode:

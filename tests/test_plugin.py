@@ -28,9 +28,11 @@ def test_a_hook_that_is_gone_is_named_with_its_reason(monkeypatch: pytest.Monkey
     assert f"{hook.target} takes (self batch vocab_size), expected (self batch)" in second
 
 
-def test_another_version_is_refused_before_anything_is_touched(
+def test_another_version_is_refused_before_anything_is_touched_where_ead_is_required(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where it is not: tests/test_unsupported.py."""
+    monkeypatch.setenv("EAD_REQUIRE", "1")
     monkeypatch.setattr(plugin, "version", lambda name: "0.6.0")
     assert plugin.check_sglang() == [
         "found sglang 0.6.0; this version of ead supports sglang 0.5.23"

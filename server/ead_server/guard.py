@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from ead_server import bodies, memory, settings
+from ead_server import bodies, memory, settings, state
 from ead_server.asgi import (
     Message,
     Receive,
@@ -25,11 +25,19 @@ from ead_server.asgi import (
     send_json,
 )
 from ead_server.calls import Call, current_call, tell
-from ead_server.ending import while_it_starts
+from ead_server.ending import call_in_progress, from_start_to_end
 from ead_server.error_answers import OpenAIErrors
 from ead_server.errors import Refusal, openai_error
 from ead_server.headers import UPLOADS, is_preflight, refused_headers
-from ead_server.keys import ADMIN_ROUTES, OPEN, bearer, is_key, refused_key, sglang_admin_paths
+from ead_server.keys import (
+    ADMIN_ROUTES,
+    OPEN,
+    bearer,
+    has_key,
+    is_key,
+    refused_key,
+    sglang_admin_paths,
+)
 from ead_server.settings import Settings
 from ead_server.weight_files import WeightsRefused
 from ead_server.weight_folders import check_numbers, open_folder
@@ -65,7 +73,7 @@ class Guard:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         current, path = settings.current(), route_of(scope)
         if current is not None and scope["type"] == "lifespan":
-            await self.app(scope, while_it_starts(receive), send)
+            await self.app(scope, from_start_to_end(receive), send)
         elif current is None:
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -78,9 +86,14 @@ class Guard:
             finally:
                 current_call.reset(token)
         elif path in OPEN and scope["method"] in ("GET", "HEAD"):
+            if path == "/ready":  # SGLang's own remembers one failed health check
+                scope = {**scope, "path": scope["path"].removesuffix(path) + "/health/ready"}
             await self.app(scope, replay(b"", receive), send)
-        else:
+        elif is_key(bearer(scope["headers"]), current.warm_up_key):
             await self._http(current, path, scope, receive, send)
+        else:
+            with call_in_progress():
+                await self._http(current, path, scope, receive, send)
 
     async def _http(
         self, current: Settings, path: str, scope: Any, receive: Receive, send: Send
@@ -106,11 +119,15 @@ class Guard:
             body: bytes | Refusal | None = (
                 self._refused(current, call.method, path, scope)
                 or _draining(call, scope)
-                or _incomplete(call, is_admin=self._is_admin(call.method, path, scope))
+                or _incomplete(call, scope, is_admin=self._is_admin(call.method, path, scope))
                 or (b"" if path in STREAMED else await self._body(call, scope, receive))
             )
             if isinstance(body, bytes):
-                body = await _refused_load(current, path, body) or body
+                body = (
+                    _draining(call, scope)  # it may have been long on its way
+                    or await _refused_load(current, path, body)
+                    or body
+                )
             if isinstance(body, Refusal):
                 call.refused = body.reason
                 await _refuse(observed, body)
@@ -134,10 +151,8 @@ class Guard:
         """For what is told before the body."""
         is_admin = self._is_admin(method, path, scope)
         key = refused_key(current, path, scope, is_admin=is_admin)
-        given = bearer(scope["headers"])
-        keys = (current.api_key, current.admin_api_key, current.warm_up_key)
-        has_key = any(is_key(given, known) for known in keys)
-        return refused_headers(current, path, scope, has_key=has_key) or key
+        known = has_key(current, scope["headers"])
+        return refused_headers(current, path, scope, has_key=known) or key
 
     def _is_admin(self, method: str, path: str, scope: Any) -> bool:
         if self._admin_paths is None:
@@ -170,15 +185,7 @@ def _refused_body(path: str, body: bytes, is_admin: bool) -> Refusal | None:
     shape = bodies.refused_shape(body, path, is_admin=is_admin)
     if shape is not None:
         return shape
-    return bodies.refused_content(body, None if is_admin else bodies.max_text(_manager()))
-
-
-def _manager() -> Any:
-    """SGLang's TokenizerManager; None before it is up."""
-    from sglang.srt.entrypoints.http_server import get_global_state
-
-    state = get_global_state()
-    return None if state is None else state.tokenizer_manager
+    return bodies.refused_content(body, None if is_admin else bodies.max_text(state.manager()))
 
 
 def _draining(call: Call, scope: Any) -> Refusal | None:
@@ -187,8 +194,9 @@ def _draining(call: Call, scope: Any) -> Refusal | None:
     Not SGLang's own first requests: it kills the worker that does not get its answer, and with it
     what clients are waiting for, of a server that is told to end while it starts.
     """
-    manager = _manager()
-    if call.method == "GET" or manager is None or not manager.gracefully_exit:
+    if call.method == "GET" or not state.draining():
+        return None
+    if call.path == "/continue_generation":  # without it, nobody that waits could be answered
         return None
     if is_key(bearer(scope["headers"]), call.settings.warm_up_key):
         return None
@@ -196,7 +204,7 @@ def _draining(call: Call, scope: Any) -> Refusal | None:
     return Refusal(503, "the server is shutting down", "draining", headers=headers)
 
 
-def _incomplete(call: Call, *, is_admin: bool) -> Refusal | None:
+def _incomplete(call: Call, scope: Any, *, is_admin: bool) -> Refusal | None:
     """After an update of the weights that broke off, nothing is generated until a whole one."""
     weights = served_weights()
     if weights is None or weights.broken is None or call.method in ("GET", "OPTIONS"):
@@ -204,7 +212,9 @@ def _incomplete(call: Call, *, is_admin: bool) -> Refusal | None:
     if call.path == "/continue_generation":
         return Refusal(409, str(weights.standstill), "weights")
     headers = ((b"retry-after", b"5"),)
-    return None if is_admin else Refusal(503, str(weights.standstill), "weights", headers=headers)
+    told = has_key(call.settings, scope["headers"])
+    message = str(weights.standstill) if told else state.in_short(str(weights.standstill))
+    return None if is_admin else Refusal(503, message, "weights", headers=headers)
 
 
 async def _refused_load(current: Settings, path: str, body: bytes) -> Refusal | None:

@@ -56,6 +56,13 @@ def sglang_admin_paths(routes: Iterable[Any]) -> Iterable[str]:
             yield route.path
 
 
+def has_key(settings: Settings, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a call brings any key of this server."""
+    given = bearer(headers)
+    known = (settings.api_key, settings.admin_api_key, settings.warm_up_key)
+    return any(is_key(given, key) for key in known)
+
+
 def bearer(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The key that a call brings; empty for none. Anthropic's clients have their own header."""
     given = dict(headers)

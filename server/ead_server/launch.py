@@ -11,7 +11,7 @@ from typing import Any
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing
 from ead_sampler.requests import unsupported_mode
-from ead_server import ending, flags
+from ead_server import ending, flags, watch
 from ead_server.calls import log_to_stderr
 from ead_server.headers import is_loopback
 from ead_server.process import hold_port
@@ -85,13 +85,30 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
             "port can generate without limit; set EAD_API_KEY or --api-key-file"
         )
     if server_args.tokenizer_worker_num > 1:
-        ending.when_a_child_dies()
+        ending.when_supervised()
     # before the model is loaded: SGLang finds out after it, then hangs in its warm-up
     hold_port(server_args.host, server_args.port).close()
+    reports = _wants_crash_reports(server_args)  # then SGLang ends the server, when it has them
+    watch.start((lambda status: None) if reports else ending.end_now, with_parent=False)
     try:
         run_server(server_args)
     finally:
+        watch.stand_down()
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+# SGLang asks its scheduler for these before it ends because a process died: a minute and more of
+# silence, by default, with nothing to find on most machines
+_CRASH_REPORTS = ("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH")
+
+
+def _wants_crash_reports(server_args: Any) -> bool:
+    """Whether the user has asked for what takes SGLang its time when a process dies."""
+    asked = (os.environ.setdefault(name, "0").lower() in _TRUE for name in _CRASH_REPORTS)
+    return any([*asked, server_args.crash_dump_folder])
+
+
+_TRUE = ("true", "1", "yes", "y")  # as SGLang reads them
 
 
 def _say(line: str) -> None:

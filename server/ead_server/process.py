@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from ead_server.watch import LOOK_SECONDS, StoppedProcesses
+
 HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -89,12 +91,21 @@ class ServerProcess:
         self.stop()
         raise ServerFailed(f"not ready after {timeout_s:.0f} s\n{self.log_end()}")
 
-    def stop(self, timeout_s: float = 20.0) -> None:
-        """Ask the server to end, then end whatever is left of its process group."""
+    def stop(self, timeout_s: float = 60.0) -> None:
+        """Ask the server to end, then end whatever is left of what it started.
+
+        timeout_s: more than the --drain-seconds of a server that may be at work.
+        """
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
+        if self.process.poll() is None:
+            family = descendants(self.process.pid)  # with --restart, in a session of their own
+            self.process.kill()
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -118,18 +129,19 @@ class ServerProcess:
 
 
 def keep_alive(command: Sequence[str], *, pause_s: float = 1.0) -> int:
-    """Run `command`, and run it again whenever it dies; the exit status of its last run.
+    """Run `command`, and run it again whenever it dies; the exit status of its last run, as a shell
+    would give it: 128 + the signal that ended it.
 
     It ends for good with status 0 or 2, when it fails within a minute of starting for the third
     time in a row, and when this process is told to end, which is passed on. Status 1 counts as
-    dying. The pause before the next run doubles while runs are short, up to a minute.
+    dying, and so does being stopped (SIGSTOP) for seconds. The pause before the next run doubles
+    while runs are short, up to a minute.
     """
-    stopped = False
+    told: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: object) -> None:
-        nonlocal stopped
-        stopped = True
+        told.append(number)
         if child is not None:
             child.send_signal(number)
 
@@ -139,19 +151,50 @@ def keep_alive(command: Sequence[str], *, pause_s: float = 1.0) -> int:
     while True:
         started = time.monotonic()
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
-        status = child.wait()
+        if told:  # while it was made
+            child.send_signal(told[-1])
+        status = _end_of(child)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # what a killed server left behind
         short_runs = short_runs + 1 if time.monotonic() - started < 60 else 0
-        if stopped or status in (0, 2) or short_runs >= 3:
-            return max(status, 0)
+        if told and -status in told:  # it had not begun yet
+            return 0
+        if told or status in (0, 2) or short_runs >= 3:
+            return status if status >= 0 else 128 - status
         pause = min(pause_s * 2**short_runs, 60.0)
         print(
             f"ead: the server ended with status {status}; starting it again in {pause:.0f} s",
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(pause)
+        until = time.monotonic() + pause
+        while time.monotonic() < until:
+            if told:
+                return 0
+            time.sleep(0.1)
+
+
+def _end_of(child: subprocess.Popen[bytes]) -> int:
+    """Its status, once it has ended; one that is stopped is killed."""
+    stopped = StoppedProcesses()
+    while True:
+        try:
+            return child.wait(LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            stopped.look(child.pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that this one has started, that these have started, and so on (Linux)."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, ())
+    return found[1:]
 
 
 def _end_with_parent() -> None:

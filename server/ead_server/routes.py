@@ -21,12 +21,12 @@ from ead_sampler.defaults import default_annealing, set_default_annealing, share
 from ead_sampler.kinds import PRESETS
 from ead_sampler.requests import ANNEALING, check_server_mode
 from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
-from ead_server import metrics, packing, preview, settings
+from ead_server import metrics, packing, preview, settings, state
 from ead_server.admission import check_range
 from ead_server.asgi import all_routes, off_loop, route_of
 from ead_server.errors import LimitExceeded, openai_error
 from ead_server.first_mistake import stop_at_first_mistake
-from ead_server.keys import PAGE, sglang_admin_paths
+from ead_server.keys import PAGE, has_key, sglang_admin_paths
 from ead_server.openapi import complete
 from ead_server.rollouts import (
     Engine,
@@ -40,7 +40,6 @@ from ead_server.rollouts import (
 )
 from ead_server.routing import OpenAIErrorsRoute, refused_values, refused_weights
 from ead_server.weight_files import WeightsRefused
-from ead_server.weights import served_weights
 
 Json = dict[str, Any]
 
@@ -330,36 +329,14 @@ async def read_alive() -> Health:
 
 
 @router.get("/health/ready", responses={503: {"model": Health}})
-async def read_ready() -> Response:
+async def read_ready(request: Request) -> Response:
     """200 when requests are taken and answered: the model is loaded, nothing paused it, the engine
-    is not stuck, and the server is not shutting down."""
-    status = _not_ready()
-    if status is not None:
-        return JSONResponse({"status": status}, status_code=503)
-    return JSONResponse({"status": "ready"})
-
-
-def _not_ready() -> str | None:
-    from sglang.srt.entrypoints.http_server import HEALTH_CHECK_TIMEOUT, get_global_state
-
-    state, weights = get_global_state(), served_weights()
-    if state is None or weights is None:
-        return "starting"
-    manager = state.tokenizer_manager
-    if manager.gracefully_exit:
-        return "shutting down"
-    if weights.standstill is not None:
-        return weights.standstill
-    if not manager.is_ready():
-        return "starting"
-    # whoever waits has heard nothing, and nobody else has: SGLang only looks when it is asked to
-    # generate for /health
-    now = time.perf_counter()
-    waiting = [now - s.time_stats.created_time for s in list(manager.rid_to_state.values())]
-    silent = min(max(waiting, default=0.0), time.time() - manager.last_receive_tstamp)
-    if silent > HEALTH_CHECK_TIMEOUT:
-        return f"the engine has answered nothing for {silent:.0f} s"
-    return None
+    is not stuck, and the server is not shutting down. With a key, the reason in full."""
+    status, current = state.now(), settings.current()
+    whole = current is None or has_key(current, request.headers.raw)
+    why = status.why if whole else state.in_short(status.why)
+    code = 200 if status.state == state.State.READY else 503
+    return JSONResponse({"status": why}, status_code=code)
 
 
 # --- on SGLang's app ---------------------------------------------------------------------------
