@@ -38,6 +38,7 @@ from rich.table import Table
 
 from benchmarks import dying
 from benchmarks.dying import FLAGS, LIMIT_SECONDS, PROCESSES, STATES, Case, Row, tried
+from ead_sampler import device
 from ead_server.process import ServerProcess
 
 Json = dict[str, Any]
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     console = Console(stderr=True)
+    device.choose()  # before anything imports transformers, see ead_sampler/device.py
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tests = Path(__file__).parents[1] / "tests"
