@@ -179,8 +179,9 @@ def memory(model: Path, folder: Path, options: argparse.Namespace, console: Cons
                 counts = asyncio.run(flood(server, until, options.seed, kinds))
                 dying.wait_for(lambda: idle(server), 120)
             outcomes: Counter[str] = Counter()
-            for (_, _, outcome), number in counts.items():
-                outcomes[outcome] += number
+            for (_, path, outcome), number in counts.items():
+                # of the server's own errors, also where
+                outcomes[f"{outcome} {path}" if outcome[0] == "5" else outcome] += number
             found.append(
                 {
                     "kinds": list(kinds),
