@@ -25,7 +25,10 @@ import psutil
 from ead_server.process import ServerProcess
 
 LIMIT_SECONDS = 10.0  # for clients to hear of it, and for every process to be gone
-FLAGS = ("--dtype", "float32", "--attention-backend", "torch_native")
+FLAGS = (
+    *("--dtype", "float32", "--attention-backend", "torch_native"),
+    *("--max-total-tokens", "65536"),  # memory of the cache that is soon in use
+)
 LONG = {"model": "m", "prompt": "x", "max_tokens": 3900, "ignore_eos": True, "stream": True}
 # flags with which a server has a process
 MAIN, SCHEDULER, DETOKENIZER = "main", "scheduler", "detokenizer"

@@ -38,6 +38,7 @@ from rich.table import Table
 
 from benchmarks import dying
 from benchmarks.dying import FLAGS, LIMIT_SECONDS, PROCESSES, STATES, Case, Row, tried
+from ead_sampler import device
 from ead_server.process import ServerProcess
 
 Json = dict[str, Any]
@@ -178,8 +179,9 @@ def memory(model: Path, folder: Path, options: argparse.Namespace, console: Cons
                 counts = asyncio.run(flood(server, until, options.seed, kinds))
                 dying.wait_for(lambda: idle(server), 120)
             outcomes: Counter[str] = Counter()
-            for (_, _, outcome), number in counts.items():
-                outcomes[outcome] += number
+            for (_, path, outcome), number in counts.items():
+                # of the server's own errors, also where
+                outcomes[f"{outcome} {path}" if outcome[0] == "5" else outcome] += number
             found.append(
                 {
                     "kinds": list(kinds),
@@ -239,6 +241,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     console = Console(stderr=True)
+    device.choose()  # before anything imports transformers, see ead_sampler/device.py
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tests = Path(__file__).parents[1] / "tests"
