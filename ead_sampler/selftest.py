@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,7 +75,7 @@ def self_test(on: str) -> list[str]:
     positions = torch.full((batch,), POSITION, device=on)
     sampling.keep_model_logprobs(None, output, info)
     tokens = sampling.sample(
-        Sampler.forward,
+        inspect.unwrap(Sampler.forward),  # or hooks that are in place would be called twice
         standalone_sampler(on),
         output,
         info,
