@@ -259,6 +259,13 @@ HOOKS = (
         "SGLang waits for the answers in progress without end",
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_manager.SignalHandler.running_phase_sigquit_handler",
+        "self signum frame",
+        "AROUND",
+        "ead_server.ending:sigquit",
+        "SGLang ends, when its engine is gone, before the last of its processes is",
+    ),
+    Hook(
         f"{_MANAGER}.sigterm_watchdog",
         "self",
         "AROUND",

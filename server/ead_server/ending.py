@@ -203,6 +203,15 @@ def sigterm(result: None, handler: Any, *received: Any) -> None:
         _told_to_end(signal.SIGTERM)
 
 
+def sigquit(original: Callable[..., None], handler: Any, *received: Any) -> None:
+    """AROUND SignalHandler.running_phase_sigquit_handler: a process of the engine is gone."""
+    if current() is None:
+        original(handler, *received)
+        return
+    handler.tokenizer_manager.dump_requests_before_crash()  # only where the user asked for it
+    end_now(1)
+
+
 async def drain(original: Callable[..., Awaitable[None]], manager: Any) -> None:
     """AROUND TokenizerManager.sigterm_watchdog, which waits without end, ends at once after a
     failed health check, and takes the scheduler with it."""
