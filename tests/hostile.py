@@ -97,9 +97,9 @@ def table() -> Iterator[Hostile]:
     yield Hostile(
         "many long parts", CHAT, _of(lambda: _chat(messages=[{"role": "user", "content": parts}]))
     )
-    yield Hostile("a rollout's text", ROLLOUTS, _of(lambda: _rollouts([text])))
+    yield Hostile("a rollout's text", ROLLOUTS, _of(lambda: _rollouts([text])), (200,))
     yield Hostile(
-        "a rollout's message", ROLLOUTS, _of(lambda: _rollouts([{"messages": [message]}]))
+        "a rollout's message", ROLLOUTS, _of(lambda: _rollouts([{"messages": [message]}])), (200,)
     )
     yield Hostile("text to tokens", TOKENIZE, _of(lambda: {"prompt": text}))
     yield Hostile(

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from ead_server.body_shape import Shape, shape_of
-from ead_server.errors import Refusal
+from ead_server.errors import LimitExceeded, Refusal
 
 MAX_NESTING = 100  # Python's and orjson's own limits end in errors of the server
 # SGLang reads its bodies between other clients' answers; ours are read in a thread.
@@ -79,14 +79,14 @@ def _longest_token(tokenizer: Any) -> int:
     return max(map(len, tokenizer.get_vocab()), default=1)
 
 
-def check_length(text: str, limit: int | None, field: str) -> Refusal | None:
-    """A text with more characters than can fit."""
-    return None if limit is None or len(text) <= limit else _too_long(field, len(text), limit)
+def check_text(value: Any, limit: int | None, field: str) -> None:
+    """Of a prompt that is looked at by itself. Raises LimitExceeded for more than can fit."""
+    if limit is not None and (length := _characters(value)) > limit:
+        raise LimitExceeded(field, _too_long(length, limit))
 
 
-def _too_long(field: str, length: int, limit: int) -> Refusal:
-    message = f"{field}: must have at most {limit:,} characters to fit the context, got {length:,}"
-    return Refusal(400, message, "too_large", field)
+def _too_long(length: int, limit: int) -> str:
+    return f"must have at most {limit:,} characters to fit the context, got {length:,}"
 
 
 def _refused_texts(request: dict[str, Any], limit: int) -> Refusal | None:
@@ -97,7 +97,7 @@ def _refused_texts(request: dict[str, Any], limit: int) -> Refusal | None:
         for index, text in enumerate(value if each and isinstance(value, list) else [value]):
             if (length := _characters(text)) > limit:
                 field = f"{name}.{index}" if each and isinstance(value, list) else name
-                return _too_long(field, length, limit)
+                return Refusal(400, f"{field}: {_too_long(length, limit)}", "too_large", field)
     return None
 
 

@@ -7,7 +7,6 @@ by a variable. So what matters is read from the arguments as SGLang has parsed t
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -58,9 +57,8 @@ def expanded(arguments: Sequence[str]) -> list[str]:
 
 
 def refuse(message: str) -> NoReturn:
-    """End with the status of a wrong command line, with which no supervisor starts it again."""
-    print(f"ead: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    """End before any model is loaded, with one sentence."""
+    raise SystemExit(f"ead: {message}")
 
 
 def refused(server_args: Any, environ: Mapping[str, str]) -> str | None:

@@ -185,7 +185,9 @@ def _refused_body(path: str, body: bytes, is_admin: bool) -> Refusal | None:
     shape = bodies.refused_shape(body, path, is_admin=is_admin)
     if shape is not None:
         return shape
-    return bodies.refused_content(body, None if is_admin else bodies.max_text(state.manager()))
+    # one prompt of /v1/rollouts that is too long is that prompt's error alone
+    by_prompt = is_admin or path == "/v1/rollouts"
+    return bodies.refused_content(body, None if by_prompt else bodies.max_text(state.manager()))
 
 
 def _draining(call: Call, scope: Any) -> Refusal | None:

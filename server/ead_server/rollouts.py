@@ -33,6 +33,7 @@ from ead_sampler.requests import (
 )
 from ead_sampler.schedule import AnnealingError, parse_annealing, with_integers
 from ead_server.admission import check_range, check_token_ids, check_types
+from ead_server.bodies import check_text, max_text
 from ead_server.errors import LimitExceeded, openai_error
 from ead_server.first_mistake import validator_of
 from ead_server.recorder import said_of
@@ -301,6 +302,7 @@ class Engine:
         if self.manager.tokenizer is None:
             raise AnnealingError("prompts", "needs a tokenizer, which this server has not")
         raw = {"prompt": prompt.text, "messages": prompt.messages}
+        check_text([prompt.text, prompt.messages], max_text(self.manager), "prompts")
         try:
             request = _tokenize_request().validate_python(raw)
         except ValidationError as error:
