@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 from collections.abc import Callable
 
 LARGE = 1 << 20  # bytes of a request and its answer
@@ -13,7 +14,8 @@ _pending = False
 def give_back_after(num_bytes: int) -> None:
     """When a call of this size is over: soon, once for all such calls, in a thread.
 
-    glibc keeps what was freed in the middle of its heaps: after a body of 31 MB, gigabytes.
+    A refused body is held by its exception, in a cycle that Python collects much later; and glibc
+    keeps what was freed in the middle of its heaps: after a body of 31 MB, gigabytes.
     """
     global _pending
     if num_bytes < LARGE or _pending or _malloc_trim is None:
@@ -26,7 +28,12 @@ def _start() -> None:
     global _pending
     _pending = False
     if _malloc_trim is not None:
-        asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)
+        asyncio.get_running_loop().run_in_executor(None, _give_back, _malloc_trim)
+
+
+def _give_back(malloc_trim: Callable[[int], int]) -> None:
+    gc.collect()  # short: SGLang has frozen all that was there at the start
+    malloc_trim(0)
 
 
 def _find() -> Callable[[int], int] | None:
