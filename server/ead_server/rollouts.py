@@ -290,7 +290,8 @@ class Engine:
         """Raises LimitExceeded, before anything else looks at each token."""
         limit = self.manager.model_config.context_len
         if len(token_ids) >= limit:
-            message = f"must have fewer than {limit:,} tokens, got {len(token_ids):,}"
+            length = f"{len(token_ids):,} tokens are longer"
+            message = f"{length} than the model's context length of {limit:,}, less one to answer"
             raise LimitExceeded("prompts", message)
 
     async def token_ids(self, prompt: Prompt) -> list[int]:
