@@ -200,10 +200,13 @@ def test_loopback_is_told_by_the_address() -> None:
 
 def test_each_header_that_decides_is_read_once() -> None:
     for name in ONCE:
-        scope = {"headers": [(name, b"a"), (name.title(), b"a")], "query_string": b""}
+        scope: dict[str, Any] = {"headers": [(name, b"a"), (name.title(), b"b")]}
+        scope["query_string"] = b""
         refusal = refused_headers(Settings.model_validate({}), "/x", scope, has_key=True)
         assert refusal is not None
         assert refusal.param == name.decode()
+        scope["headers"] = [(name, b"a"), (name, b"a")]
+        assert refused_headers(Settings.model_validate({}), "/x", scope, has_key=True) is None
 
 
 # --- SGLang's own flags, files and environment ----------------------------------------------------
