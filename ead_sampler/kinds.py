@@ -448,8 +448,8 @@ class Segment(Annealing):
     @classmethod
     def _check_strings(cls, strings: list[str], info: Any) -> list[str]:
         for index, string in enumerate(strings):
+            path = f"annealing.{info.field_name}[{index}]"
             if not 1 <= len(string) <= 100:
-                path = f"annealing.{info.field_name}[{index}]"
                 raise AnnealingError(path, f"must have 1 to 100 characters, got {len(string)}")
             if _BETWEEN in string:
                 raise AnnealingError(path, f"must have no NUL character, got {shown(string)}")

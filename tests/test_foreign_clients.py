@@ -206,3 +206,10 @@ def test_a_client_that_leaves_is_no_bad_request(monkeypatch: pytest.MonkeyPatch)
     asyncio.run(guard({**scope, "query_string": b""}, receive, send))
     (call,) = told
     assert call.left
+
+
+@pytest.mark.parametrize("string", ["", "a\0b", "x" * 101])
+def test_a_string_that_can_mark_no_token_is_refused(string: str) -> None:
+    raw = {"schedule": "segment", "thinking": {}, "restart_strings": ["a", string]}
+    with pytest.raises(AnnealingError, match=r"annealing\.restart_strings\[1\]: must have"):
+        parse_annealing(raw)
