@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Reference
+from helpers.answers import gaps
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
@@ -55,17 +56,6 @@ def perturbed(reference: Reference, seed: int) -> Any:
         for parameter in model.parameters():
             parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-@torch.no_grad()
-def gaps(rollout: Rollout, model: Any) -> np.ndarray:
-    """|server's log pi - this model's| of each token."""
-    prompt = rollout.prompt_token_ids
-    assert prompt is not None
-    ids = torch.tensor([[*prompt, *rollout.token_ids]])
-    logprobs = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-    want = logprobs.gather(1, torch.from_numpy(rollout.token_ids).unsqueeze(1)).squeeze(1)
-    return np.asarray(np.abs(rollout.model_logprobs - want.numpy()))
 
 
 def sample(client: Client, tokens: int = 24) -> Rollout:

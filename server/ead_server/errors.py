@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,12 @@ def as_openai_error(body: bytes) -> dict[str, Any]:
     if str(kind).isdigit():  # SGLang's, where it has nothing but a status
         kind = "server_error" if int(str(kind)) >= 500 else None
     return openai_error(message, error.get("param"), kind, code)
+
+
+def place_of(loc: Iterable[int | str]) -> str:
+    """Where pydantic found a mistake, without the names of its own validators and types, which are
+    in brackets: list[int]."""
+    return ".".join(str(part) for part in loc if "[" not in str(part))
 
 
 class LimitExceeded(ValueError):

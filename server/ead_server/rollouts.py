@@ -34,7 +34,7 @@ from ead_sampler.requests import (
 from ead_sampler.schedule import AnnealingError, parse_annealing, with_integers
 from ead_server.admission import check_range, check_token_ids, check_types
 from ead_server.bodies import check_text, max_text
-from ead_server.errors import LimitExceeded, openai_error
+from ead_server.errors import LimitExceeded, openai_error, place_of
 from ead_server.first_mistake import validator_of
 from ead_server.recorder import said_of
 
@@ -271,11 +271,6 @@ def _tokenize_request() -> SchemaValidator:
     return validator_of(TokenizeRequest)
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    """Where pydantic found a mistake, without the names of its own validators."""
-    return ".".join(str(part) for part in loc if "[" not in str(part))
-
-
 class Engine:
     """SGLang in this process, as `/v1/rollouts` uses it. Raises AnnealingError if it embeds."""
 
@@ -308,7 +303,7 @@ class Engine:
             request = _tokenize_request().validate_python(raw)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            raise AnnealingError("prompts", f"{_place(first['loc'])}: {first['msg']}") from None
+            raise AnnealingError("prompts", f"{place_of(first['loc'])}: {first['msg']}") from None
         serving = self.app.state.openai_serving_tokenize
         answer = await serving.handle_request(request, None)
         if not isinstance(answer, TokenizeResponse):

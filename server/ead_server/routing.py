@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ead_sampler.schedule import AnnealingError, shown
 from ead_server.calls import tell_refused
-from ead_server.errors import LimitExceeded, openai_error
+from ead_server.errors import LimitExceeded, openai_error, place_of
 from ead_server.rollouts import KeyReused, TooManyJobs
 from ead_server.weight_files import WeightsRefused
 
@@ -77,9 +77,7 @@ async def refused_weights(request: Request, error: WeightsRefused) -> Response:
 
 def _told(error: Any) -> tuple[str, str]:
     """Message and field of one of pydantic's errors."""
-    # names of its own validators and types are in brackets: list[int]
-    parts = [str(part) for part in error["loc"] if "[" not in str(part)]
-    field = ".".join(parts) or "body"
+    field = place_of(error["loc"]) or "body"
     return f"{field}: {error['msg']}, got {shown(error.get('input'))}", field
 
 
