@@ -45,7 +45,7 @@ def reads_nothing(client: Client) -> Iterator[None]:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((url.hostname, url.port))
-        head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+        head = f"POST /generate HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-length: {len(data)}\r\n"
         connection.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + data)
         wait_for(lambda: running(client) > 0)
         wait_for(lambda: running(client) == 0)

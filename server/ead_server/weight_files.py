@@ -11,7 +11,6 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -28,10 +27,18 @@ _DTYPES = {  # safetensors' names of torch's
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "C64": "complex64",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
     "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
     "U8": "uint8",
     "BOOL": "bool",
 }
@@ -132,26 +139,20 @@ def files_of(path: str, revision: str | None = None) -> list[Path]:
 
 
 def tensors_in(files: Iterable[Path]) -> Iterator[tuple[str, Spec]]:
-    """By the headers, which are checked against the files' sizes. Raises WeightsRefused."""
+    """By the headers, which are checked against the files' sizes; in the order of their bytes, of
+    which none is left out. Raises WeightsRefused."""
     return chain.from_iterable(map(_header, files))
 
 
 def _header(file: Path) -> Iterator[tuple[str, Spec]]:
-    with opened(file) as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-            tensor = tensors.get_slice(name)
-            dtype = tensor.get_dtype()
-            yield name, Spec(dtype=_DTYPES.get(dtype, dtype), shape=tensor.get_shape())
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """What safetensors' safe_open gives. Raises WeightsRefused, also while it is used."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as tensors:
-            yield tensors
+            for name in tensors.offset_keys():
+                tensor = tensors.get_slice(name)
+                dtype = tensor.get_dtype()
+                yield name, Spec(dtype=_DTYPES.get(dtype, dtype), shape=tensor.get_shape())
     except SafetensorError as error:
         raise WeightsRefused(f"{file.name} is not safetensors: {error}") from None
     except OSError as error:

@@ -7,6 +7,7 @@ read files, so they are called in threads.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ead_sampler.bad_numbers import is_finite
-from ead_server.weight_files import Spec, WeightsRefused, files_of, opened
+from ead_server.weight_files import Spec, WeightsRefused, files_of, tensors_in
 
 _INDEX = "model.safetensors.index.json"
 _OPENED = (".safetensors", ".json")  # suffixes of what is opened in such a folder
-_PIECE = 32 << 20  # bytes of a tensor that are in memory at a time
+_PIECE = 8 << 20  # bytes of a file that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,10 @@ def check_numbers(files: Iterable[Path], served: Mapping[str, Spec]) -> None:
     Takes memory for a piece of a tensor. Raises WeightsRefused.
     """
     for file in files:
-        with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                dtype = getattr(torch, served[name].dtype) if name in served else None
-                if not all(is_finite(piece, dtype) for piece in _pieces(tensors, name)):
-                    raise not_finite(name, dtype)
+        for name, piece in _pieces(file):
+            dtype = getattr(torch, served[name].dtype) if name in served else None
+            if not is_finite(piece, dtype):
+                raise not_finite(name, dtype)
 
 
 def not_finite(name: str, dtype: torch.dtype | None) -> WeightsRefused:
@@ -125,14 +125,25 @@ def not_finite(name: str, dtype: torch.dtype | None) -> WeightsRefused:
     return WeightsRefused(message, param=name[:200])
 
 
-def _pieces(tensors: Any, name: str) -> Iterator[Tensor]:
-    """A tensor of an opened file, some rows at a time."""
-    view = tensors.get_slice(name)
-    shape = view.get_shape()
-    if not shape or 0 in shape:
-        yield tensors.get_tensor(name)
-        return
-    first = view[0:1]
-    rows = max(1, _PIECE // max(1, first.nbytes))
-    for start in range(0, shape[0], rows):
-        yield view[start : start + rows]
+def _pieces(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The names and numbers of a file's tensors, flat, a few megabytes at a time.
+
+    Read, not mapped: what is read of a mapped file counts as memory of this process. A piece is
+    valid until the next.
+    """
+    found = list(tensors_in([file]))
+    buffer = memoryview(bytearray(_PIECE))
+    with file.open("rb") as data:
+        data.seek(8 + int.from_bytes(data.read(8), "little"))
+        for name, spec in found:
+            dtype = getattr(torch, spec.dtype, None)
+            if dtype is None:
+                message = f"{name}: numbers of dtype {spec.dtype} cannot be checked"
+                raise WeightsRefused(message, param=name[:200])
+            left = math.prod(spec.shape) * dtype.itemsize
+            while left:
+                piece = buffer[: min(_PIECE, left)]
+                if data.readinto(piece) != len(piece):
+                    raise WeightsRefused(f"{file.name} became shorter while it was read")
+                left -= len(piece)
+                yield name, torch.frombuffer(piece, dtype=dtype)
