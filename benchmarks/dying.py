@@ -33,13 +33,17 @@ LONG = {"model": "m", "prompt": "x", "max_tokens": 3900, "ignore_eos": True, "st
 # flags with which a server has a process
 MAIN, SCHEDULER, DETOKENIZER = "main", "scheduler", "detokenizer"
 WORKER, CONTROLLER = "tokenizer_worker", "data_parallel_controller"
+KEEPER, KEPT = "keeper", "kept"  # what --restart is, and the main process that it starts again
 PROCESSES: dict[str, tuple[str, ...]] = {
     MAIN: (),
     SCHEDULER: (),
     DETOKENIZER: (),
     WORKER: ("--tokenizer-worker-num", "2"),
     CONTROLLER: ("--dp-size", "2"),
+    KEEPER: ("--restart",),
+    KEPT: ("--restart",),
 }
+REPLACED = (WORKER, KEPT)
 TO_END = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -56,10 +60,17 @@ class Case:
 
     @property
     def possible(self) -> bool:
-        """Some have no updates over HTTP, or by broadcast; who drains was told to end already."""
-        without = {WORKER: ("updating", "joining"), CONTROLLER: ("joining",)}
+        """Some have no updates over HTTP, or by broadcast; who drains was told to end already. No
+        client depends on a keeper that is stopped."""
+        without = {
+            WORKER: ("updating", "joining"),
+            CONTROLLER: ("joining",),
+            KEPT: ("draining",),
+        }
         if self.number in TO_END:
-            return self.process == MAIN and self.state != "draining"
+            return self.process in (MAIN, KEEPER) and self.state != "draining"
+        if self.process == KEEPER and self.number == signal.SIGSTOP:
+            return False
         return self.state not in ("unread", *without.get(self.process, ()))
 
     def server(self, model: Path, folder: Path) -> ServerProcess:
@@ -98,9 +109,10 @@ def tried(case: Case, server: ServerProcess, model: Path) -> Row:
     with ThreadPoolExecutor(4) as pool, contextlib.ExitStack() as at_the_end:
         at_the_end.callback(server.stop, 0.0)  # before the pool waits for its threads
         call = at_the_end.enter_context(STATES[case.state](server, pool, model))
-        main = psutil.Process(server.process.pid)
-        family = [main, *main.children(recursive=True)]
+        family = _family(server)
         target = _target(case.process, family, server.port)
+        if case.process == KEPT:
+            family = [target, *target.children(recursive=True)]
         moment = time.monotonic()
         target.send_signal(case.number)
         if call is None:
@@ -117,8 +129,8 @@ def tried(case: Case, server: ServerProcess, model: Path) -> Row:
             time.sleep(0.1)
         gone = time.monotonic() - moment
         left = tuple(" ".join(p.cmdline())[:60] or "?" for p in running(family))
-        if case.process == WORKER:
-            wait_for(lambda: ask(server) == "200", 60)  # by the other one, or by its successor
+        if case.process in REPLACED:
+            wait_for(lambda: ask(server) == "200", 120)  # by another, or by its successor
             status = server.process.poll()
         else:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -127,9 +139,17 @@ def tried(case: Case, server: ServerProcess, model: Path) -> Row:
         return Row(case, saw, max(heard, gone), left, status)
 
 
+def _family(server: ServerProcess) -> list[psutil.Process]:
+    """All processes of a server; the first is the one that its starter knows."""
+    first = psutil.Process(server.process.pid)
+    return [first, *first.children(recursive=True)]
+
+
 def _target(name: str, family: list[psutil.Process], port: int) -> psutil.Process:
-    if name == MAIN:
+    if name in (MAIN, KEEPER):
         return family[0]
+    if name == KEPT:
+        return family[1]
     found = [p for p in family[1:] if f"sglang::{name}" in " ".join(p.cmdline())]
     if name != WORKER:
         return found[0]
@@ -159,6 +179,13 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(0.05)
+
+
+def generates(server: ServerProcess) -> bool:
+    """Whether it has answers to generate, or to begin with."""
+    answer = httpx.get(f"{server.url}/v1/loads", headers=server.admin_headers, timeout=60)
+    loads = answer.json()["loads"]
+    return any(one["num_running_reqs"] + one["num_waiting_reqs"] for one in loads)
 
 
 # --- what a client does ------------------------------------------------------------------------
@@ -241,13 +268,7 @@ def streaming(server: ServerProcess, pool: ThreadPoolExecutor, model: Path) -> I
 def prefill(server: ServerProcess, pool: ThreadPoolExecutor, model: Path) -> Iterator[Call]:
     body = {"model": "m", "prompt": [[7] * 3900] * 64, "max_tokens": 1}
     call = pool.submit(ask, server, body)
-    loads = f"{server.url}/v1/loads"
-
-    def works() -> bool:
-        found = httpx.get(loads, timeout=30).json()["loads"]
-        return any(one["num_running_reqs"] + one["num_waiting_reqs"] for one in found)
-
-    wait_for(works)
+    wait_for(lambda: generates(server))
     yield call
 
 
@@ -308,9 +329,11 @@ def unread(server: ServerProcess, pool: ThreadPoolExecutor, model: Path) -> Iter
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
-        head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /generate HTTP/1.1\r\nhost: 127.0.0.1:%d\r\n" % server.port
+        head += b"content-type: application/json\r\n"
         client.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-        time.sleep(1.0)
+        wait_for(lambda: generates(server))
+        wait_for(lambda: not generates(server))
         yield pool.submit(lambda: "reads nothing")
 
 

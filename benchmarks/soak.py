@@ -154,12 +154,6 @@ def resident(server: ServerProcess) -> dict[str, int]:
     return found
 
 
-def idle(server: ServerProcess) -> bool:
-    """Whether nothing is generated any more."""
-    loads = httpx.get(f"{server.url}/v1/loads", headers=server.admin_headers, timeout=60).json()
-    return not any(one["num_running_reqs"] + one["num_waiting_reqs"] for one in loads["loads"])
-
-
 def memory(model: Path, folder: Path, options: argparse.Namespace, console: Console) -> list[Json]:
     """For each kind, or all at once: requests sent, outcomes, resident bytes before and after."""
     mixes = [{kind: 1} for kind in WEIGHTS] if options.kinds else [WEIGHTS]
@@ -170,14 +164,14 @@ def memory(model: Path, folder: Path, options: argparse.Namespace, console: Cons
             server.wait_until_ready()
         with console.status("a little of all kinds first"):
             asyncio.run(flood(server, time.monotonic() + 20, options.seed + 1, WEIGHTS))
-            dying.wait_for(lambda: idle(server), 120)
+            dying.wait_for(lambda: not dying.generates(server), 120)
         for kinds in mixes:
             before = resident(server)
             seconds = options.minutes * 60 / len(mixes)
             with console.status(f"{', '.join(kinds)}: {seconds / 60:.1f} minutes"):
                 until = time.monotonic() + seconds
                 counts = asyncio.run(flood(server, until, options.seed, kinds))
-                dying.wait_for(lambda: idle(server), 120)
+                dying.wait_for(lambda: not dying.generates(server), 120)
             outcomes: Counter[str] = Counter()
             for (_, path, outcome), number in counts.items():
                 # of the server's own errors, also where

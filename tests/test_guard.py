@@ -6,8 +6,7 @@ import asyncio
 import json
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import httpx
 import psutil
 import pytest
 from conftest import TINY_FLAGS
+from helpers.waiting import wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from test_server import FAST
@@ -639,13 +639,6 @@ def test_each_request_is_one_line_and_counted(guarded: ServerProcess) -> None:
 
 
 # --- dying, coming back, ending -----------------------------------------------------------------
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def answers_ready(server: ServerProcess) -> bool:

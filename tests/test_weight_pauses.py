@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from helpers.waiting import wait_for
 from helpers.weights import post, post_folder
 
 from ead_client import Client
 from ead_server import weights
 from ead_server.weight_hooks import flush_cache
 from ead_server.weights import Weights
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def running(client: Client) -> int:

@@ -11,7 +11,6 @@ import multiprocessing
 import re
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 import torch
 from conftest import Reference
 from helpers.answers import gaps
+from helpers.waiting import wait_for
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
@@ -86,13 +86,6 @@ def _original(client: Client, reference: Reference, tmp_path: Path) -> Iterator[
 def spooled(server: ServerProcess) -> list[Path]:
     """Where the server keeps tensors that are coming."""
     return list(Path(tempfile.gettempdir()).glob(spool_prefix(server.process.pid) + "*"))
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # --- what is published is what is served ----------------------------------------------------------
