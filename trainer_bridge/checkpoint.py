@@ -2,16 +2,18 @@
 
 Written by torch.distributed.checkpoint, so that a run may go on with another number of ranks. A
 checkpoint appears under its name in one step, when it is whole and on the disk: whatever kills the
-process, the newest one is complete.
+process, the newest one is complete. What happens to its files later, their checksums tell: one
+that was damaged is set aside under another name, and the one before it serves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,10 @@ from trainer_bridge.settings import Settings
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import new_run_id
 
-_OPTIONS = StateDictOptions(ignore_frozen_params=True)  # with adapters, the rest is the model's own
+_SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes and checks them
+# With adapters, the rest is the model's own, and neither saved nor missed: that everything which is
+# trained is in a checkpoint, its reader checks.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class CheckpointConfig(Settings):
@@ -48,6 +53,8 @@ class Progress:
     step: int
     position: int
     run_id: str  # see trainer_bridge.versions
+    # metrics of the step before, which a kill right after the checkpoint leaves unwritten
+    untold: Mapping[str, float] = field(default_factory=dict)
 
 
 def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> None:
@@ -71,6 +78,8 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> No
             "trained_policy": trainer.correction.trained_policy,
         }
         (partial / "progress.json").write_text(json.dumps(about, indent=1))
+        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+        (partial / _SUMS).write_text("".join(sums))
         _to_disk(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
@@ -106,15 +115,15 @@ def _on_rank_0(action: Callable[[], None]) -> None:
         raise CheckpointFailed(problem)
 
 
-def load(folder: Path, trainer: Trainer) -> Progress | None:
-    """Take the trainer back to the newest checkpoint; None where there is none.
+def load(folder: Path, trainer: Trainer, say: Callable[[str], None]) -> Progress | None:
+    """Take the trainer back to the newest whole checkpoint; None where there never was one.
 
-    Raises BadConfig when it is of a run that trains another policy, see CorrectionConfig.
+    say: told of damaged ones. Every rank must call it. Raises BadConfig when all are damaged, or
+    the newest is of a run that trains another policy, see CorrectionConfig.
     """
-    complete = _complete(folder)
-    if not complete:
+    newest = ranks.broadcast(_newest_whole(folder, say) if ranks.rank() == 0 else None)
+    if newest is None:
         return None
-    newest = complete[-1]
     about = json.loads((newest / "progress.json").read_text())
     if about["trained_policy"] != trainer.correction.trained_policy:
         raise BadConfig(
@@ -131,11 +140,49 @@ def load(folder: Path, trainer: Trainer) -> Progress | None:
         optim_state_dict=state["optimizer"],
         options=_OPTIONS,
     )
+    for group in trainer.optimizer.param_groups:  # the settings are this run's, not the saved one's
+        group["betas"] = trainer.optimizer_config.betas
+        group["weight_decay"] = trainer.optimizer_config.weight_decay
     torch.set_rng_state(state["rng"])
     trainer.updates, trainer.skipped = about["updates"], about["skipped"]
     trainer.entropy_anchor = about["entropy_anchor"]
     run_id = about.get("run_id") or new_run_id()  # older checkpoints have none
-    return Progress(about["step"], about["position"], run_id)
+    return Progress(about["step"], about["position"], run_id, about.get("untold") or {})
+
+
+def _newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    complete = _complete(folder)
+    for path in reversed(complete):
+        problem = _damage(path)
+        if problem is None:
+            return path
+        aside = path.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        say(f"{path} is damaged ({problem}): it is kept as {aside.name}")
+    if complete:
+        raise BadConfig(f"{folder} has no checkpoint that is whole")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything is."""
+    try:
+        if not (path / _SUMS).exists():  # of an older version
+            json.loads((path / "progress.json").read_bytes())
+            return None
+        for line in (path / _SUMS).read_text().splitlines():
+            digest, name = line.split("  ", 1)
+            if _sha256(path / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def exist(folder: Path) -> bool:
@@ -150,7 +197,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
 
 def _complete(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in folder.glob("step-*") if not path.suffix)
 
 
 def _to_disk(folder: Path) -> None:

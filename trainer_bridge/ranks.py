@@ -7,6 +7,7 @@ are the trainer's own, between processes of one run.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +16,11 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def join() -> torch.device:
-    """Become one of the ranks that `torchrun` started, if it did; the device of this one."""
+def join(timeout_s: float = 1800.0) -> torch.device:
+    """Become one of the ranks that `torchrun` started, if it did; the device of this one.
+
+    timeout_s: how long a rank waits for the others, rank 0's waiting for the server included.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
@@ -24,7 +28,10 @@ def join() -> torch.device:
     else:
         device = torch.device("cpu")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+        )
     return device
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,7 @@ class RunFolder:
         (path / "config.json").write_text(json.dumps(described, indent=1))
         (path / "versions.json").write_text(json.dumps(_versions(), indent=1))
         kept = [entry for entry in read_metrics(path) if entry["step"] < resumed_at]
+        self.told = {entry["step"] for entry in kept}
         self._metrics = path / "metrics.jsonl"
         self._metrics.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self._board: Any = None
@@ -100,6 +101,25 @@ class RunFolder:
             self._board.close()
         if self._tracker is not None:
             self._tracker.finish()
+
+
+def changes(path: Path, described: Mapping[str, Any]) -> list[str]:
+    """Settings that are not those in the folder's config.json, as "optimizer.betas: A -> B"."""
+    try:
+        before = dict(_flat(json.loads((path / "config.json").read_bytes())))
+    except (OSError, ValueError):
+        return []
+    now = dict(_flat(json.loads(json.dumps(described))))
+    names = [name for name in (before | now) if before.get(name) != now.get(name)]
+    return [f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in names]
+
+
+def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
