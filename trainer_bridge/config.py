@@ -5,9 +5,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from trainer_bridge.advantages import AdvantageConfig
 from trainer_bridge.checkpoint import CheckpointConfig
@@ -43,6 +44,11 @@ class TrainConfig(Settings):
     seed: int = Field(
         0, ge=0, lt=1 << 20, description="of everything drawn here, and of which problems are used"
     )
+    ranks_timeout_s: float = Field(
+        86400.0,
+        gt=0,
+        description="with torchrun: how long ranks wait for rank 0 and its rollouts",
+    )
     model: ModelConfig = ModelConfig()
     server: ServerConfig = ServerConfig()
     task: TaskConfig = TaskConfig()
@@ -58,6 +64,17 @@ class TrainConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     evaluate_every: int = Field(0, ge=0, description="steps, and after the last; 0: never")
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        corrected = self.correction.kind not in ("none", "annealed")
+        if self.rollout.staleness and not corrected and self.update.old_logprobs == "recompute":
+            raise ValueError(
+                f"rollout.staleness {self.rollout.staleness} with correction.kind "
+                f"{self.correction.kind!r}: nothing says how far the policy has moved since the "
+                "answers; set update.old_logprobs='server', or a correction of mu's ratio"
+            )
+        return self
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
@@ -82,12 +99,15 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            f", got {problem['input']!r:.100}"
-            for problem in error.errors(include_url=False)
-        ]
-        raise BadConfig("\n".join(problems)) from None
+        problems = error.errors(include_url=False)
+        raise BadConfig("\n".join(map(_in_words, problems))) from None
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # of settings together, which it names
+        return message
+    return f"{'.'.join(map(str, problem['loc']))}: {message}, got {problem['input']!r:.100}"
 
 
 def _read(file: Path) -> dict[str, Any]:

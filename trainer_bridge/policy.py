@@ -114,7 +114,7 @@ class Policy(nn.Module):
             head.weight.to(self.compute_dtype),
             batch.targets,
             temperatures=batch.temperatures if tempered else None,
-            bias=head.bias,
+            bias=None if head.bias is None else head.bias.to(self.compute_dtype),
             softcap=self._softcap,
             scale=self._scale,
         )
@@ -130,7 +130,10 @@ class Policy(nn.Module):
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """A folder that transformers and SGLang load. Every rank must call it."""
-        weights = {name: weight.cpu().contiguous() for name, weight in self.named_weights()}
+        weights = {}
+        for name, weight in self.named_weights():  # all ranks gather each, and one keeps it
+            if ranks.rank() == 0:
+                weights[name] = weight.cpu().contiguous()
         if ranks.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -205,7 +208,10 @@ def load_policy(
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.path, dtype=torch.float32, attn_implementation=config.attention
     ).to(device)
-    _check(Policy(model, share_prompts=config.share_prompts))
+    _without_dropout(model)
+    # attention kernels that take no float32 are checked in what they take
+    checked = torch.float32 if "flash" not in config.attention else torch.bfloat16
+    _check(Policy(model, checked, share_prompts=config.share_prompts))
     if config.lora is not None:
         model = _with_adapters(model, config.lora)
     if config.gradient_checkpointing:
@@ -214,6 +220,17 @@ def load_policy(
             model.enable_input_require_grads()
     policy = Policy(model, getattr(torch, config.compute_dtype), share_prompts=config.share_prompts)
     return policy.train(), AutoTokenizer.from_pretrained(config.path)
+
+
+def _without_dropout(model: Any) -> None:
+    """Log-probabilities of the same weights are then the same in every pass: a ratio of two passes
+    says how the policy changed, not which neurons were dropped."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _with_adapters(model: Any, config: LoraConfig) -> Any:
@@ -236,9 +253,10 @@ def _with_adapters(model: Any, config: LoraConfig) -> Any:
 def _check(policy: Policy) -> None:
     """Three short samples packed, two with the same prompt, give what the model gives for each.
 
-    Catches models that do not keep packed samples apart (recurrent ones), and logits that are more
-    than a linear head with the corrections that we know.
+    Catches models that do not keep packed samples apart (recurrent ones), logits that are more
+    than a linear head with the corrections that we know, and what is random while training.
     """
+    rough = policy.compute_dtype != torch.float32
     policy.eval()
     ids = [np.array(tokens) for tokens in ([7, 14, 21, 28, 35], [7, 14, 21, 9], [11, 22, 33])]
     trained = [np.arange(len(tokens)) >= min(3, len(tokens) - 1) for tokens in ids]
@@ -250,11 +268,13 @@ def _check(policy: Policy) -> None:
     want = []
     for sample in samples:
         tokens = torch.from_numpy(sample.token_ids).to(policy.device)
-        rows = policy.model(tokens[None]).logits[0, sample.prompt_length - 1 : -1].float()
+        with torch.autocast(policy.device.type, policy.compute_dtype, enabled=rough):
+            rows = policy.model(tokens[None]).logits[0, sample.prompt_length - 1 : -1].float()
         chosen = tokens[sample.prompt_length :, None]
         want.append(rows.log_softmax(-1).gather(1, chosen).squeeze(1))
-    error = (policy(policy.batch(samples)).logprobs - torch.cat(want)).abs().max().item()
-    if not error < 1e-2:
+    packed = policy.train()(policy.batch(samples)).logprobs
+    error = (packed - torch.cat(want)).abs().max().item()
+    if not error < (0.25 if rough else 1e-2):
         kind = type(policy.model).__name__
         raise UnsupportedModel(
             f"{kind}: packed log-probabilities differ from the model's own by {error:.2g} nats"

@@ -69,6 +69,7 @@ class ScoredAnswers:
     samples: Sequence[Sample]  # A of them
     rewards: Sequence[float]  # [A]
     group_ids: Sequence[int]  # [A], equal for answers to the same prompt
+    behind: Sequence[int] = ()  # [A], updates since an answer's oldest token; empty: all 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Before:
 
     logprobs: Tensor | None = None  # log pi_old, at the temperature at which the policy is trained
     entropies: Tensor | None = None
-    reference: Tensor | None = None
+    reference: Tensor | None = None  # log-probabilities, at the temperature of `logprobs`
 
 
 class Trainer:
@@ -163,13 +164,19 @@ class Trainer:
         metrics["optim/grad_norm"] = sum(norms) / len(norms)
         metrics["optim/skipped"] = float(sum(not math.isfinite(norm) for norm in norms))
         metrics["optim/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        return {**metrics, **self._statistics(tokens)}
+        stale = torch.tensor(answers.behind or [0] * len(answers.samples)) > 0
+        return {**metrics, **self._statistics(tokens, stale)}
 
     # --- before the first step ------------------------------------------------------------------
 
     @property
     def _tempered(self) -> bool:
         return self.correction.trained_policy == "tempered"
+
+    @property
+    def _column(self) -> Literal["tempered", "logprobs"]:
+        """The one of TokenLogprobs that is of the policy that is trained."""
+        return "tempered" if self._tempered else "logprobs"
 
     def _server_logprobs(self, batch: RolloutBatch) -> Tensor:
         """What the server said of the policy that is trained."""
@@ -194,10 +201,10 @@ class Trainer:
             columns = self._everywhere(batch, self.policy)
             entropies = columns["entropies"]
             if not from_server:
-                logprobs = columns["tempered" if self._tempered else "logprobs"]
+                logprobs = columns[self._column]
         if loss.kl_coefficient:
             with self.policy.without_adapters():
-                reference = self._everywhere(batch, self.reference or self.policy)["logprobs"]
+                reference = self._everywhere(batch, self.reference or self.policy)[self._column]
         return _Before(logprobs, entropies, reference)
 
     def _everywhere(self, batch: RolloutBatch, policy: Policy) -> dict[str, Tensor]:
@@ -234,7 +241,7 @@ class Trainer:
         for start, stop, counts in _my_parts(batch, self.config.tokens_per_forward):
             part, own = batch.rows(start, stop), batch.trained(start, stop)
             result = self.policy(part, tempered=self._tempered)
-            log_pi = result.tempered if self._tempered else result.logprobs
+            log_pi = getattr(result, self._column)
             old = log_pi.detach() if before.logprobs is None else before.logprobs[own]
             loss, clipped = policy_loss(
                 log_pi,
@@ -248,7 +255,7 @@ class Trainer:
                 old, part.behaviour_logprobs, part.sequence_ids, self.correction
             )
             reference = None if before.reference is None else before.reference[own]
-            regular = regularisation(result.logprobs, result.entropies, self.loss, reference)
+            regular = regularisation(log_pi, result.entropies, self.loss, reference)
             per_token_loss = weights[own] * correction * (loss + regular)
             total = per_token_loss.sum()
             if before.entropies is not None and self.entropy_anchor is not None:
@@ -292,8 +299,9 @@ class Trainer:
 
     # --- what is told ---------------------------------------------------------------------------
 
-    def _statistics(self, steps: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Over all tokens. `mismatch`: between trainer and server, before the first step."""
+    def _statistics(self, steps: list[dict[str, Tensor]], stale: Tensor) -> dict[str, float]:
+        """Over all tokens. `mismatch`: between trainer and server, before the first step, where
+        both have the same weights; `drift`: where updates lie between. stale: bool [A]."""
         tokens = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
         correction = correction_metrics(
             tokens["old"],
@@ -306,9 +314,17 @@ class Trainer:
             "loss/total": tokens["loss"].sum().item() / len(steps),
             "loss/clip_fraction": tokens["clipped"].float().mean().item(),
             "policy/entropy": tokens["entropies"].mean().item(),
-            "policy/mismatch": (steps[0]["now"] - steps[0]["server"]).abs().mean().item(),
+            **_gaps(steps[0], stale),
             **{f"correction/{name}": value for name, value in correction.items()},
         }
+
+
+def _gaps(first: dict[str, Tensor], stale: Tensor) -> dict[str, float]:
+    """Mean |log-probability of the trainer - of the server|, nats; absent without such tokens."""
+    gaps = (first["now"] - first["server"]).abs()
+    drifted = stale[first["sequence_ids"]]
+    named = {"policy/mismatch": gaps[~drifted], "policy/drift": gaps[drifted]}
+    return {name: some.mean().item() for name, some in named.items() if len(some)}
 
 
 def _minibatches(group_ids: Sequence[int], count: int) -> Iterator[tuple[int, int]]:
