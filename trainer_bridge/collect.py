@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
-from ead_client import Choice, Client, Group, RequestRefused, Rollout
+from ead_client import Choice, Client, RequestRefused, Rollout
 from trainer_bridge.advantages import overlong_penalty
 from trainer_bridge.batch import Sample
 from trainer_bridge.errors import StaleRollout, TooFewRollouts
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
 from trainer_bridge.settings import Settings
-from trainer_bridge.tasks import Task
+from trainer_bridge.tasks import Problem, Task
 from trainer_bridge.trainer import ScoredAnswers
 from trainer_bridge.versions import Versions
+
+CONTINUED_AT_ONCE = 64  # answers that were aborted
+MAX_TURNS = 1000  # of one answer; each may be aborted before its first token
 
 
 class RolloutConfig(Settings):
@@ -94,6 +100,12 @@ class Collected:
             yield {"problem": group, "reward": reward, "text": text, "temperatures": temperatures}
 
 
+def _good(answers: Sequence[Answer | None], counts: Counter[str]) -> list[Answer]:
+    """The answers that came; those that did not are counted."""
+    counts["answers_failed"] += answers.count(None)
+    return [answer for answer in answers if answer is not None]
+
+
 class Collector:
     """Asks, scores and orders; knows nothing of the policy but the server that serves it."""
 
@@ -125,12 +137,14 @@ class Collector:
         started = time.perf_counter()
         counts: Counter[str] = Counter()
         groups: dict[int, list[tuple[Answer, float]]] = {}
+        silent: dict[int, list[tuple[Answer, float]]] = {}  # whose rewards are all equal
         for _ in range(self.config.refills + 1):
             missing = self.config.prompts_per_step - len(groups)
-            if missing <= 0:
+            problems = self._problems(position, missing)
+            if not problems:
                 break
-            new = self._ask(step, position, missing, counts, progress)
-            position += missing
+            new = self._ask(step, position, problems, counts, progress)
+            position += len(problems)
             counts["groups"] += len(new)
             for index, group in new.items():
                 if len(group) < 2:
@@ -138,12 +152,15 @@ class Collector:
                     counts["answers_alone"] += len(group)  # good, with nothing to compare it to
                 elif self.config.refills and len({reward for _, reward in group}) == 1:
                     counts["groups_without_signal"] += 1
+                    silent[index] = group
                 else:
                     groups[index] = group
+        if not groups:  # a step that teaches nothing, as without refills
+            groups = dict(itertools.islice(silent.items(), self.config.prompts_per_step))
         if not groups:
-            raise TooFewRollouts(
-                f"step {step}: no group of two scored answers is left: {dict(counts)}"
-            )
+            ran_out = not self._problems(position, 1)
+            why = f"{self.task.name} has no problem {position}" if ran_out else f"{dict(counts)}"
+            raise TooFewRollouts(f"step {step}: no group of two scored answers is left: {why}")
         scored = [
             (index, answer, reward)
             for index, group in sorted(groups.items())
@@ -152,7 +169,12 @@ class Collector:
         indices, answers, rewards = zip(*scored, strict=True)
         samples = [Sample.of(*answer.turns) for answer in answers]
         return Collected(
-            ScoredAnswers(samples, self._shaped(answers, rewards), indices),
+            ScoredAnswers(
+                samples,
+                self._shaped(answers, rewards),
+                indices,
+                [self._behind(step, answer) for answer in answers],
+            ),
             position,
             self._metrics(step, groups, answers, counts, time.perf_counter() - started),
             tuple(answer.text for answer in answers),
@@ -160,34 +182,63 @@ class Collector:
 
     # --- asking ----------------------------------------------------------------------------------
 
+    def _problems(self, position: int, count: int) -> list[Problem]:
+        """So many from `position` on; fewer where a task ends."""
+        problems: list[Problem] = []
+        with suppress(IndexError):
+            while len(problems) < count:
+                problems.append(self.task.problem(position + len(problems)))
+        return problems
+
     def _ask(
         self,
         step: int,
         position: int,
-        count: int,
+        problems: Sequence[Problem],
         counts: Counter[str],
         progress: Callable[[str], None],
     ) -> dict[int, list[tuple[Answer, float]]]:
-        """The scored answers to `count` problems, by the problem's index."""
-        problems = [self.task.problem(position + number) for number in range(count)]
-        prompts = [list(problem.messages) for problem in problems]
+        """The scored answers to these problems, by the problem's index."""
+        size = self.config.samples_per_prompt
         fields = dict(self.config.sampling)
-        if self.config.seeded:
-            fields["sampling_seed"] = position * self.config.samples_per_prompt
+        first_seed = position * size if self.config.seeded else fields.get("sampling_seed")
+        if first_seed is not None:
+            fields["sampling_seed"] = first_seed
         scores: dict[int, tuple[list[Answer], Future[list[Outcome]]]] = {}
-        groups = self.client.stream_rollouts(
-            prompts,
-            n=self.config.samples_per_prompt,
-            annealing={**self.config.annealing, "step": step},
-            max_new_tokens=self.config.max_new_tokens,
-            **fields,
-        )
-        for group in groups:
-            answers = self._good(group, step, counts)
-            # scored while the other groups are still generated
+        done = 0
+
+        def score(index: int, answers: list[Answer]) -> None:
+            nonlocal done
+            done += 1
             texts = [answer.text for answer in answers]
-            scores[group.index] = (answers, self.runner.submit(problems[group.index], texts))
-            progress(f"{len(scores)} of {count} groups")
+            scores[index] = (answers, self.runner.submit(problems[index], texts))
+            progress(f"{done} of {len(problems)} groups")
+
+        with ThreadPoolExecutor(CONTINUED_AT_ONCE, thread_name_prefix="continue") as pool:
+            aborted: dict[int, list[Future[Answer | None]]] = {}
+            groups = self.client.stream_rollouts(
+                [list(problem.messages) for problem in problems],
+                n=size,
+                annealing={**self.config.annealing, "step": step},
+                max_new_tokens=self.config.max_new_tokens,
+                **fields,
+            )
+            for group in groups:
+                if group.error is not None:
+                    counts["answers_failed"] += size
+                    continue
+                seeds: list[int | None] = [None] * size
+                if first_seed is not None:
+                    seeds = [first_seed + group.index * size + number for number in range(size)]
+                told = list(zip(group.answers, [step] * size, seeds, strict=False))
+                left = [choice.finish_reason for choice in group.answers].count("abort")
+                counts["continued"] += left
+                if left:
+                    aborted[group.index] = [pool.submit(self._finished, *one) for one in told]
+                else:  # scored while the other groups are still generated
+                    score(group.index, _good([self._finished(*one) for one in told], counts))
+            for index, jobs in aborted.items():
+                score(index, _good([job.result() for job in jobs], counts))
         result: dict[int, list[tuple[Answer, float]]] = {}
         for number, (answers, future) in scores.items():
             group_scored = result[position + number] = []
@@ -198,53 +249,62 @@ class Collector:
                     group_scored.append((answer, reward))
         return result
 
-    def _good(self, group: Group, step: int, counts: Counter[str]) -> list[Answer]:
-        """A group's answers without those that failed; aborted ones are continued first."""
-        if group.error is not None:
-            counts["answers_failed"] += self.config.samples_per_prompt
-            return []
-        good = []
-        for choice in group.answers:
-            answer = self._continued(choice, step, counts)
-            if answer is None:
-                counts["answers_failed"] += 1
-            else:
-                good.append(answer)
-        return good
-
-    def _continued(self, choice: Choice, step: int, counts: Counter[str]) -> Answer | None:
-        """An answer that was aborted (a pause for new weights, say) goes on where it was."""
+    def _finished(self, choice: Choice, step: int, seed: int | None) -> Answer | None:
+        """An answer, which goes on where it was when it was aborted (by a pause for new weights,
+        say), also before its first token; None where it failed."""
         turns: list[Rollout] = []
         text = choice.text
-        while choice.rollout is not None and len(choice.rollout):
-            self._check_versions(choice.rollout, step)
-            turns.append(choice.rollout)
+        for _ in range(MAX_TURNS):
+            rollout = choice.rollout
+            if rollout is None or rollout.prompt_token_ids is None:
+                return None
+            if len(rollout):
+                self._check_versions(rollout, step)
+                turns.append(rollout)
             if choice.finish_reason != "abort":
+                return Answer(tuple(turns), text) if turns else None
+            generated = np.concatenate([np.empty(0, np.int64), *(turn.token_ids for turn in turns)])
+            if len(generated) >= self.config.max_new_tokens:
                 return Answer(tuple(turns), text)
-            counts["continued"] += 1
-            prompt = turns[0].prompt_token_ids
+            prompt = turns[0].prompt_token_ids if turns else rollout.prompt_token_ids
             assert prompt is not None
-            generated = np.concatenate([turn.token_ids for turn in turns])
-            left = self.config.max_new_tokens - len(generated)
-            if left <= 0:
-                return Answer(tuple(turns), text)
-            asked = {"token_ids": prompt.tolist(), "prefix_token_ids": generated.tolist()}
             try:
-                groups = self.client.rollouts(
-                    [asked],
-                    annealing={**self.config.annealing, "step": step},
-                    max_new_tokens=left,
-                    **self.config.sampling,
+                (group,) = self.client.rollouts(
+                    [{"token_ids": prompt.tolist(), "prefix_token_ids": generated.tolist()}],
+                    **self._rest(step, len(generated), seed),
                 ).groups
             except RequestRefused:  # a schedule that cannot be resumed from its tokens alone
                 return None
-            if not groups[0].answers:
+            if not group.answers:
                 return None
-            choice = groups[0].answers[0]
+            choice = group.answers[0]
             if choice.rollout is not None:
                 whole = np.concatenate([generated, choice.rollout.token_ids])
-                text = self.tokenizer.decode(whole, skip_special_tokens=True)
+                text = self._text(whole, choice.finish_reason)
         return None
+
+    def _text(self, token_ids: NDArray[np.int64], finish_reason: str | None) -> str:
+        """As the server says it of an answer that was not interrupted: without its stop string."""
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        stops = self.config.sampling.get("stop") or ()
+        if finish_reason == "stop" and not self.config.sampling.get("no_stop_trim"):
+            for stop in (stops,) if isinstance(stops, str) else stops:
+                text = text.partition(stop)[0]
+        return text
+
+    def _rest(self, step: int, generated: int, seed: int | None) -> dict[str, Any]:
+        """What to ask for an answer of which so many tokens are there, so that it becomes what it
+        would have been: every clock and count goes on."""
+        fields = dict(self.config.sampling)
+        annealing = {**self.config.annealing, "step": step}
+        if "position_offset" in annealing:
+            annealing["position_offset"] += generated
+        if "min_new_tokens" in fields:
+            fields["min_new_tokens"] = max(0, fields["min_new_tokens"] - generated)
+        if seed is not None:
+            fields["sampling_seed"] = seed
+        left = self.config.max_new_tokens - generated
+        return {**fields, "annealing": annealing, "max_new_tokens": left}
 
     def _check_versions(self, rollout: Rollout, step: int) -> None:
         """Every token is from weights of this run, at most `staleness` updates old."""
@@ -255,6 +315,12 @@ class Collector:
                 f"{' or '.join(map(str, wanted))}, an answer came from "
                 f"{' and '.join(rollout.versions)}"
             )
+
+    def _behind(self, step: int, answer: Answer) -> int:
+        """Updates since its oldest token."""
+        versions = [name for turn in answer.turns for name in turn.versions]
+        steps = [self.versions.step(name) for name in versions]
+        return max((step - known for known in steps if known is not None), default=0)
 
     # --- in numbers ------------------------------------------------------------------------------
 
@@ -280,8 +346,7 @@ class Collector:
     ) -> dict[str, float]:
         lengths = [answer.length for answer in answers]
         reasons = [answer.turns[-1].finish_reason for answer in answers]
-        begun = [self.versions.step(answer.turns[0].versions[0]) for answer in answers]
-        behind = [step - first for first in begun if first is not None]  # _check_versions: all
+        behind = [self._behind(step, answer) for answer in answers]
         best = [max(reward for _, reward in group) for group in groups.values()]
         return {
             "rollout/answers": float(len(answers)),

@@ -10,12 +10,12 @@ weights that this run published, which their version names (`versions`).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -23,29 +23,18 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ead_client import (
-    Client,
-    ConnectionFailed,
-    EadError,
-    RequestRefused,
-    ServerUnavailable,
-    TimedOut,
-)
+from ead_client import Client
 from trainer_bridge import checkpoint, ranks
 from trainer_bridge.checkpoint import Progress
 from trainer_bridge.collect import Collected, Collector
 from trainer_bridge.config import TrainConfig
-from trainer_bridge.errors import (
-    BadConfig,
-    BridgeError,
-    CheckpointFailed,
-    StaleRollout,
-    WeightUpdateFailed,
-)
+from trainer_bridge.errors import BadConfig, CheckpointFailed
 from trainer_bridge.evaluate import evaluate
+from trainer_bridge.mending import mended
 from trainer_bridge.policy import Policy, load_policy
-from trainer_bridge.report import Display, RunFolder, draw_curves
+from trainer_bridge.report import Display, RunFolder, changes, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.run_lock import alone_in
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import Versions, new_run_id
 from trainer_bridge.weights import SyncConfig, weight_publisher
@@ -58,16 +47,6 @@ class Weights(NamedTuple):
 
     named: Callable[[], Iterator[tuple[str, Tensor]]]
     lora_scale: float | None  # of adapters alone; None: all of the model's
-
-
-def _mendable(error: BaseException | None) -> bool:
-    """Whether it may be gone once the server is back, and has its weights."""
-    if isinstance(error, WeightUpdateFailed):
-        error = error.__cause__
-    if isinstance(error, RequestRefused):
-        # another update is in progress: of this run before it was killed
-        return error.status == 409
-    return isinstance(error, ConnectionFailed | TimedOut | ServerUnavailable | StaleRollout)
 
 
 class Server(Protocol):
@@ -94,8 +73,11 @@ def train(
     for a folder that already holds a run, unless `resume`; Diverged, TooFewRollouts and the other
     errors of this package as they say, with everything up to the last checkpoint kept.
     """
-    device = ranks.join()
-    try:
+    device = ranks.join(config.ranks_timeout_s)
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(ranks.leave)
+        if ranks.rank() == 0:
+            at_the_end.enter_context(alone_in(folder))
         saved = folder / "checkpoints"
         if checkpoint.exist(saved) and not resume:
             raise BadConfig(f"{folder} already holds a run: go on with --resume, or choose another")
@@ -115,21 +97,16 @@ def train(
         # other seeds see other problems
         begin = Progress(0, position=config.seed << 20, run_id=new_run_id())
         if resume:
-            begin = checkpoint.load(saved, trainer) or begin
+            begin = checkpoint.load(saved, trainer, display.say) or begin
         leader = None
         if ranks.rank() == 0:
             assert server is not None
             leader = Leader(config, folder, server, tokenizer, display, begin)
-        try:
-            _run(config, saved, trainer, leader, begin)
-            if leader is not None:
-                leader.finish()
-        finally:
-            if leader is not None:
-                leader.close()
+            at_the_end.callback(leader.close)
+        _run(config, saved, trainer, leader, begin)
         policy.save(folder / "model", tokenizer)
-    finally:
-        ranks.leave()
+        if leader is not None:
+            leader.finish()
 
 
 def _reference(config: TrainConfig, device: torch.device) -> Policy | None:
@@ -149,6 +126,7 @@ def _run(
     weights = _weights(trainer.policy, config.sync)
     if leader is not None:
         leader.publish(weights, begin.step)
+        leader.tell_untold()
     unsaved: CheckpointFailed | None = None
     for step in range(begin.step, config.steps):
         started = time.perf_counter()
@@ -159,13 +137,14 @@ def _run(
         if leader is not None:
             leader.publish(weights, step + 1)
         every, last = config.checkpoint.every, step + 1 == config.steps
+        if leader is not None:
+            metrics |= leader.numbers(step, collected, time.perf_counter() - started)
         if last or (every and (step + 1) % every == 0) or unsaved is not None:
             with _timed(leader, "checkpoint"):
-                progress = replace(begin, step=step + 1, position=collected.position)
+                progress = Progress(step + 1, collected.position, begin.run_id, metrics)
                 unsaved = _save(saved, trainer, progress, config)
         if leader is not None:
-            metrics["checkpoint/failed"] = float(unsaved is not None)
-            leader.tell(step, collected, metrics, time.perf_counter() - started, last=last)
+            leader.tell(step, {**metrics, "checkpoint/failed": float(unsaved is not None)})
             if unsaved is not None:
                 leader.display.say(f"no checkpoint: {unsaved}; trying again after the next step")
     if unsaved is not None:
@@ -197,13 +176,17 @@ def _weights(policy: Policy, sync: SyncConfig) -> Weights:
     return Weights(lambda: iter(held), scale)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _timed(leader: Leader | None, phase: str) -> Iterator[None]:
     if leader is None:
         yield
     else:
         with leader.phase(phase):
             yield
+
+
+def _came(future: Future[Collected]) -> bool:
+    return not future.cancelled() and future.exception() is None
 
 
 class Leader:
@@ -228,14 +211,16 @@ class Leader:
         self.collector = Collector(
             config.rollout, server.client, self.task, self.runner, tokenizer, self.versions
         )
-        self.folder = RunFolder(
-            folder, config.report, config.model_dump(mode="json"), resumed_at=begin.step
-        )
+        described = config.model_dump(mode="json")
+        changed = changes(folder, described) if begin.step else []
+        self.folder = RunFolder(folder, config.report, described, resumed_at=begin.step)
         display.say(
             f"{self.task.name}: run {begin.run_id}, steps {begin.step + 1} to {config.steps}; "
             f"trained: the policy ({config.correction.trained_policy}), "
             f"correction {config.correction.kind}"
         )
+        for change in changed:
+            display.say(f"changed since the run was stopped: {change}")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._pending: deque[Future[Collected]] = deque()
         self._asked = begin  # the next step to ask for; only its thread touches the position
@@ -292,24 +277,23 @@ class Leader:
 
     def _mended(self, action: Callable[[], T]) -> T:
         """The result of `action`, done again after the server has been given its weights again."""
-        deadline = time.monotonic() + self.config.server.patience_s
-        while True:
-            try:
-                return action()
-            except (EadError, BridgeError) as error:
-                if not _mendable(error) or time.monotonic() > deadline:
-                    raise
-                self.display.say(f"{type(error).__name__}: {error}; waiting for the server")
-                self.server.wait_until_ready()
-                if action != self._publish:
-                    self._publish()
-                    self._forget_failed()
+
+        def mend() -> None:
+            self.server.wait_until_ready()
+            if action != self._publish:
+                self._publish()
+                self._forget_failed()
+
+        patience = self.config.server.patience_s
+        return mended(action, mend=mend, patience_s=patience, say=self.display.say)
 
     def _forget_failed(self) -> None:
         """Ask again from the first step on whose answers did not come. (Those that go on do so
-        now that the server has weights again.)"""
+        now that the server has weights again; what has not begun is not begun.)"""
+        for future in self._pending:
+            future.cancel()
         wait(self._pending)
-        kept = list(itertools.takewhile(lambda f: f.exception() is None, self._pending))
+        kept = list(itertools.takewhile(_came, self._pending))
         self._pending = deque(kept)
         self._asked = self._begun
         if kept:
@@ -318,33 +302,35 @@ class Leader:
 
     # --- what is told ----------------------------------------------------------------------------
 
-    def tell(
-        self,
-        step: int,
-        collected: Collected,
-        metrics: dict[str, float],
-        seconds: float,
-        *,
-        last: bool,
-    ) -> None:
-        """Record and show a step that is done; evaluate when it is due."""
-        every = self.config.evaluate_every
+    def numbers(self, step: int, collected: Collected, seconds: float) -> dict[str, float]:
+        """What is known here of a step that is done. Its answers are recorded."""
+        self.folder.samples(step, collected.told())
+        spent = {f"time/{phase}": spent for phase, spent in self._seconds.items()}
+        self._seconds = {}
+        return {**collected.metrics, **self._sync, **spent, "time/step": seconds}
+
+    def tell(self, step: int, metrics: dict[str, float]) -> None:
+        """Record and show a step whose checkpoint is written; evaluate when it is due."""
+        every, last = self.config.evaluate_every, step + 1 == self.config.steps
         if every and (last or (step + 1) % every == 0):
             with self.phase("evaluate"):
-                metrics |= self._mended(self._evaluate)
-        metrics |= {**collected.metrics, **self._sync}
-        metrics |= {f"time/{phase}": spent for phase, spent in self._seconds.items()}
-        metrics["time/step"] = seconds
+                metrics = metrics | self._mended(self._evaluate)
+        metrics = metrics | {f"time/{phase}": spent for phase, spent in self._seconds.items()}
         self._seconds = {}
         self.folder.metrics(step, metrics)
-        self.folder.samples(step, collected.told())
         self.display.step(step, metrics)
+
+    def tell_untold(self) -> None:
+        """At the start of a run that goes on: the step before, if it was killed before `tell`."""
+        step = self._begun.step - 1
+        if self._begun.untold and step not in self.folder.told:
+            self.tell(step, {**self._begun.untold, "checkpoint/failed": 0.0})
 
     def _evaluate(self) -> dict[str, float]:
         result = evaluate(self.server.client, self.task, self.runner, self.config.evaluation)
         return {f"eval/{name}": found.value for name, found in result.estimates.items()}
 
-    @contextmanager
+    @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Shows and times a phase of the step."""
         self.display.phase(name)
