@@ -23,6 +23,8 @@ from ead_sampler.schedule import AnnealingError, parse_annealing, shown
 ANNEALING = "annealing"
 ROLLOUT = "rollout"
 SAMPLING = "sampling"
+# in custom_params: how many of the prompt's last tokens are the answer's beginning
+CONTINUED = "continued"
 # What the sampler records of every token, under these names in `meta_info` and in every answer.
 COLUMNS = ("temperatures", "logprobs", "model_logprobs")
 ENTROPIES = "entropies"

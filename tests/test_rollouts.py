@@ -182,6 +182,31 @@ def test_an_answer_is_continued_from_a_token(client: Client, reference: Referenc
             check_against_reference(rollout, reference)
 
 
+@pytest.mark.parametrize("cut", [0, 1, 4, 6, 8])
+@pytest.mark.parametrize("how", [{"stop": ["\nUser:"]}, {"stop_regex": [r"\n[A-Z]ser:"]}])
+def test_a_stop_that_begins_before_a_continuation_ends_it(
+    cut: int, how: dict[str, Any], client: Client
+) -> None:
+    """Case 08: wherever the answer was cut, both parts together are the uninterrupted one."""
+    said = "one\nUser: two"
+    asked = {**how, "annealing": {}, "max_new_tokens": 40}
+    (whole,) = client.rollouts(["Q:"], regex=said, **asked).groups[0].answers
+    assert whole.finish_reason == "stop"
+    assert whole.rollout is not None
+    begun = {"model": "m", "prompt": said[:cut], "add_special_tokens": False}
+    prefix = client.request("POST", "/tokenize", begun).json()["tokens"] if cut else []
+    (rest,) = (
+        client.rollouts([{"text": "Q:", "prefix_token_ids": prefix}], regex=said[cut:], **asked)
+        .groups[0]
+        .answers
+    )
+    assert rest.finish_reason == "stop"
+    assert rest.rollout is not None
+    ids = {"model": "m", "tokens": [*prefix, *rest.rollout.token_ids.tolist()]}
+    text = client.request("POST", "/detokenize", ids).json()["text"]
+    assert text == "one\nUser:"
+
+
 def test_without_a_schedule_the_request_s_own_temperature_holds(client: Client) -> None:
     group = client.rollouts(["x"], n=2, temperature=0.5, top_k=4, max_new_tokens=6).groups[0]
     for rollout in rollouts_of(group):

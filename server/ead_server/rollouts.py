@@ -23,6 +23,7 @@ from ead_sampler.defaults import with_step
 from ead_sampler.requests import (
     ANNEALING,
     COLUMNS,
+    CONTINUED,
     ENTROPIES,
     ROLLOUT,
     SEED,
@@ -182,6 +183,8 @@ def plan(request: RolloutRequest) -> list[Group]:
         if raw is not None and offset and "position_offset" not in (request.annealing or {}):
             fields[ANNEALING] = {**raw, "position_offset": offset}
             parse_annealing(fields[ANNEALING])
+        if offset:
+            fields["custom_params"] = {**(params.get("custom_params") or {}), CONTINUED: offset}
         if seed is not None:
             fields["sampling_seed"] = seed + sum(group.n for group in groups)
         groups.append(Group(index, prompt, prompt.n or request.n, fields, texts=request.texts))

@@ -1,4 +1,7 @@
-"""Regular expressions that end an answer, looked for in bounded time.
+"""What ends an answer: stop strings over a seam, and regular expressions in bounded time.
+
+The beginning of an answer that is continued is part of its prompt, where SGLang does not look: a
+stop string may begin there and end in what is generated.
 
 SGLang looks for a `stop_regex` with Python's backtracking engine, after every token and in its
 scheduler, where one that takes long stops all requests. So what takes exponential time is refused
@@ -15,6 +18,8 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 import regex
+
+from ead_sampler.requests import CONTINUED
 
 MAX_SECONDS = 0.02  # for all expressions of a request, after one token
 MAX_TAIL = 1024  # tokens at the answer's end that are looked through, and so of a match
@@ -67,36 +72,71 @@ def is_empty_match(pattern: str) -> bool:
 def check_stops(original: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
     """AROUND Req._check_str_based_finish: whether a stop string or expression ends the answer.
 
-    Strings are still SGLang's to look for; expressions are looked for here. new_accepted_len: how
-    many tokens the last step gave (more than one in speculative decoding).
+    Strings are still SGLang's to look for, but for those that begin before this request;
+    expressions are looked for here. new_accepted_len: how many tokens the last step gave (more than
+    one in speculative decoding).
     """
     params = req.sampling_params
     patterns, max_len = params.stop_regex_strs, params.stop_regex_max_len
-    if not patterns:
+    if not patterns and not (params.stop_strs and params.custom_params):
         return original(req, new_accepted_len)
     num_tokens = min(max(params.stop_str_max_len, max_len) + 1, MAX_TAIL) + new_accepted_len - 1
+    # a string that the vocabulary has as one token may come byte by byte
+    longest = max((len(string.encode()) for string in params.stop_strs), default=0)
+    before = _before(req, min(max(num_tokens, longest), MAX_TAIL) - len(req.output_ids))
+    if before and _over_the_seam(req, before, new_accepted_len):
+        return True
     params.stop_regex_strs, params.stop_regex_max_len = [], 0
     try:
         if original(req, new_accepted_len):
             return True
     finally:
         params.stop_regex_strs, params.stop_regex_max_len = patterns, max_len
-    return _found(req, patterns, num_tokens, new_accepted_len)
+    return bool(patterns) and _found(req, patterns, before, num_tokens, new_accepted_len)
 
 
-def _found(req: Any, patterns: list[str], num_tokens: int, new_accepted_len: int) -> bool:
+def _before(req: Any, count: int) -> list[int]:
+    """The last tokens, at most so many, of the answer that this request continues."""
+    continued = (req.sampling_params.custom_params or {}).get(CONTINUED)
+    if not isinstance(continued, int) or continued <= 0 or count <= 0:
+        return []
+    return list(req.origin_input_ids[-min(continued, count) :])
+
+
+def _over_the_seam(req: Any, before: list[int], new_accepted_len: int) -> bool:
+    """Whether a stop string that begins in `before` ends in the newest tokens."""
+    from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
+
+    seam = len(req.tokenizer.decode(before))
+    end = len(req.output_ids)
+    for stop in range(end - new_accepted_len + 1, end + 1):
+        text = req.tokenizer.decode([*before, *req.output_ids[:stop]])
+        for string in req.sampling_params.stop_strs:
+            place = text.rfind(string)
+            if 0 <= place < seam < place + len(string):
+                req.finished_reason = FINISH_MATCHED_STR(matched=string)
+                req.finished_len = stop
+                return True
+    return False
+
+
+def _found(
+    req: Any, patterns: list[str], before: list[int], num_tokens: int, new_accepted_len: int
+) -> bool:
     from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISHED_MATCHED_REGEX
 
     deadline = time.monotonic() + MAX_SECONDS
+    seam = len(req.tokenizer.decode(before)) if before else -1  # what ends before it was no end
     end = len(req.output_ids)
     start = max(end - num_tokens, 0)
     try:
         # what ends before the new tokens was looked for in the steps before
         for stop in range(end - new_accepted_len + 1, end + 1):
-            text = req.tokenizer.decode(req.output_ids[start:stop])
+            text = req.tokenizer.decode([*before, *req.output_ids[start:stop]])
             for pattern in patterns:
                 left = max(deadline - time.monotonic(), 1e-4)
-                if regex.search(pattern, text, timeout=left) is not None:
+                found = regex.finditer(pattern, text, overlapped=bool(before), timeout=left)
+                if any(match.end() > seam for match in found):
                     req.finished_reason = FINISHED_MATCHED_REGEX(matched=pattern)
                     req.finished_len = stop
                     return True
