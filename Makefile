@@ -6,7 +6,7 @@ SGLANG := sglang==0.5.23
 READ_BY_TESTS := trl==1.16.0 verl==0.9.1 docker-compose==1.29.2
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test check format fuzz soak bench learn docs clean
+.PHONY: help venv demo test check format fuzz soak mutations bench learn docs clean
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
 
@@ -39,8 +39,13 @@ venv: .venv/.ready ## everything into .venv (once)
 demo: venv ## serve, chat, train, and one picture of it
 	@$(BIN)/ead demo
 
-test: check .venv/clients/.ready ## format, lint and types, then all tests on a real server
-	@$(BIN)/python -m pytest
+# those that ask a server leave a core half idle, which the others use meanwhile
+test: export EAD_NO_SKIPS = 1
+test: check .venv/clients/.ready ## format, lint and types, then all tests, most on a real server
+	@nice $(BIN)/python -m pytest -m "not server" >.venv/without-server.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m server; asked=$$?; \
+	wait $$beside; other=$$?; cat .venv/without-server.log; \
+	exit $$((asked || other))
 
 check: venv ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -56,6 +61,9 @@ fuzz: venv ## more than 10,000 requests that nobody would send; SEED=1, 2, ... a
 
 soak: venv ## 10 minutes of all kinds of requests, then every way of dying: about an hour
 	@$(BIN)/python -m benchmarks.soak
+
+mutations: venv ## break a line of the mathematics at a time: do tests notice? ONLY="3 17": some
+	@$(BIN)/python tests/mutations.py $(ONLY)
 
 bench: venv ## the whole server's speed against plain SGLang
 	@$(BIN)/python -m benchmarks.decode

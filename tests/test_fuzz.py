@@ -362,7 +362,7 @@ def test_no_body_gets_a_5xx(server: ServerProcess, sent: Counter[str]) -> None:
         # a connection each: one that was kept may be closed just when it is used again
         limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(
-            base_url=server.url, headers=headers, limits=limits, timeout=120
+            base_url=server.url, headers=headers, limits=limits, timeout=600
         ) as http:
 
             async def one(method: str, path: str, body: bytes) -> None:
