@@ -24,7 +24,7 @@ Json = dict[str, Any]
 def packed(about: Json, answers: int = 0) -> bytes:
     """A frame with `answers` answers of one token each."""
     zeros = np.zeros(answers, np.float32)
-    arrays = {
+    arrays: dict[str, Any] = {
         "token_ids": np.full(answers, 5, np.uint16),
         "offsets": np.arange(answers + 1, dtype=np.int64),
         "logprobs": zeros,
@@ -65,11 +65,11 @@ class Served:
         return httpx.Response(200, content=b"".join([*frames, end]))
 
     def _group(self, index: int, prompt: Json, body: Json) -> bytes:
-        n = prompt.get("n", body["n"])
+        n = int(prompt.get("n", body["n"]))
         said = self.answer(prompt)
         failed = isinstance(said, dict)
-        answer = {"error": None, "text": "ok", "finish_reason": said, "weight_version": "1"}
-        group = {
+        answer: Json = {"error": None, "text": "ok", "finish_reason": said, "weight_version": "1"}
+        group: Json = {
             "object": "rollouts.group",
             "index": index,
             "metadata": prompt.get("metadata"),

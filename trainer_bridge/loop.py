@@ -44,7 +44,7 @@ from trainer_bridge.errors import (
 )
 from trainer_bridge.evaluate import evaluate
 from trainer_bridge.policy import Policy, load_policy
-from trainer_bridge.report import Display, RunFolder, draw_curves
+from trainer_bridge.report import Display, RunFolder, check_folder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import Versions, new_run_id
@@ -99,6 +99,7 @@ def train(
         saved = folder / "checkpoints"
         if checkpoint.exist(saved) and not resume:
             raise BadConfig(f"{folder} already holds a run: go on with --resume, or choose another")
+        check_folder(folder, resume=resume)
         torch.manual_seed(config.seed)
         policy, tokenizer = load_policy(config.model, device)
         policy.shard()
