@@ -65,7 +65,7 @@ class Served:
         return httpx.Response(200, content=b"".join([*frames, end]))
 
     def _group(self, index: int, prompt: Json, body: Json) -> bytes:
-        n = int(prompt.get("n", body["n"]))
+        n: int = prompt["n"] if "n" in prompt else body["n"]
         said = self.answer(prompt)
         failed = isinstance(said, dict)
         answer: Json = {"error": None, "text": "ok", "finish_reason": said, "weight_version": "1"}
