@@ -20,7 +20,7 @@ from ead_client import Client
 from ead_sampler import AnnealingError, defaults, parse_annealing
 from ead_sampler.defaults import set_default_annealing
 from ead_sampler.schedule import REGISTRY, Numbers, PositionSchedule, Temperature, register
-from ead_server import bench, chat, demo, launch, models, show_schedule, training
+from ead_server import bench, chat, demo, launch, models, preview, show_schedule, training
 from ead_server.cli import app
 from ead_server.process import ServerProcess
 from ead_server.settings import read_key
@@ -252,6 +252,13 @@ def test_a_schedules_own_step_is_shown() -> None:
     assert temperatures(own) == {own: at_400}
     assert temperatures(own, "--step", "0") == {own: at_0}
     assert temperatures(own, "paper") == {own: at_400, "paper": at_0}
+
+
+def test_a_preview_is_of_the_schedules_own_step() -> None:
+    own = parse_annealing({"preset": "paper", "step": 400})
+    assert [*preview.temperatures(own, [], 40, 1.0)] == [400]
+    assert [*preview.temperatures(own, [0, 7], 40, 1.0)] == [0, 7]
+    assert [*preview.temperatures(parse_annealing({}), [], 40, 1.0)] == [0]
 
 
 GROWS_OUT = {

@@ -377,6 +377,14 @@ def test_a_deadline_bounds_the_whole_call(slow: str, kind: str, call: str) -> No
     server.close()
 
 
+def test_a_deadline_may_be_never_and_must_be_a_number() -> None:
+    for never in (float("inf"), 1e30):
+        client = client_of(lambda _: httpx.Response(200, json=ANSWER), deadline=never)
+        assert client.chat(MESSAGES).choices[0].text == "ok"
+    with pytest.raises(ValueError, match="deadline: must be a number of seconds"):
+        Client("http://x", deadline=float("nan"))
+
+
 def test_a_deadline_names_the_last_error() -> None:
     def busy(request: httpx.Request) -> httpx.Response:
         time.sleep(0.02)

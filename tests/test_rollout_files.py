@@ -345,6 +345,13 @@ def test_answers_of_another_model_or_other_weights_are_not_mixed_in(
     assert settings["servers"] == ["http://two"]
 
 
+def test_weights_that_change_meanwhile_are_told(served: Served) -> None:
+    Path("p.txt").write_text("a\nb\nc\n")
+    served.info["weight_version"] = "0"  # and answers come from 1
+    result = rollout("p.txt", "--out", "out.jsonl")
+    assert result.stderr.count("weights of version 1 answer now, as each answer says") == 1
+
+
 # --- what is asked -------------------------------------------------------------------------------
 
 

@@ -67,8 +67,8 @@ class RunFolder:
         self.path = path
         self.config = config
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(described, indent=1))
-        (path / "versions.json").write_text(json.dumps(_versions(), indent=1))
+        _write_whole(path / "config.json", json.dumps(described, indent=1).encode())
+        _write_whole(path / "versions.json", json.dumps(_versions(), indent=1).encode())
         self._metrics = path / "metrics.jsonl"
         _drop_from(self._metrics, resumed_at)
         self._board: Any = None
@@ -136,9 +136,14 @@ def _drop_from(metrics: Path, step: int) -> None:
     if dropped:
         with metrics.with_name("metrics.dropped.jsonl").open("ab") as file:
             file.writelines(dropped)
-    partial = metrics.with_name("metrics.jsonl.partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(metrics)
+    _write_whole(metrics, b"".join(kept))
+
+
+def _write_whole(file: Path, data: bytes) -> None:
+    """All of it or nothing, for those who read it meanwhile or after a kill."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

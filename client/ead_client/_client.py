@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections.abc import (
@@ -79,6 +80,8 @@ class _Calls:
         self.model = model
         self._retries = retries
         self._timeout = timeout if isinstance(timeout, httpx.Timeout) else httpx.Timeout(timeout)
+        if deadline is not None and math.isnan(deadline):
+            raise ValueError("deadline: must be a number of seconds, got nan")
         self._deadline = deadline
         # httpx would ask for compressed answers by itself
         headers = {"accept-encoding": "gzip" if compress else "identity", **_bearer(api_key)}

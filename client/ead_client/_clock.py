@@ -18,6 +18,8 @@ from ead_client._errors import EadError, TimedOut
 
 T = TypeVar("T")
 
+_LONGEST_S = 1e9  # what threads and sockets can wait for
+
 
 class Clock:
     """deadline: seconds from now, or None: then only `timeout` holds, for each wait."""
@@ -44,7 +46,7 @@ class Clock:
         left = self._end - time.monotonic()
         if left <= 0:
             raise self.over()
-        return left
+        return min(left, _LONGEST_S)
 
     def over(self) -> TimedOut:
         """That the deadline has passed, and what went wrong before it."""

@@ -66,6 +66,8 @@ def _check(value: Any, place: str, depth: int = 0) -> None:
                 raise NotSendable(f"{place or 'body'}: a key {_problem(key)}")
             _check(item, f"{place}.{key}" if place else str(key), depth + 1)
     elif isinstance(value, list | tuple):
+        if value and all(type(item) is int for item in value):  # token ids
+            value = [] if _problem(max(value)) is _problem(min(value)) is None else value
         for index, item in enumerate(value):
             _check(item, f"{place}[{index}]", depth + 1)
     else:  # an array without dimensions

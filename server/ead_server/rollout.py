@@ -71,14 +71,17 @@ def collect(
             done = answers.open(_settings(asked, prompts), len(prompts))
             missing = [index for index in range(len(prompts)) if index not in done]
             with _progress() as bar:
+                served: dict[str, Any] = {}
                 if missing:
                     served = _patiently(lambda: _served(client), bar)
                     _say(bar, answers.check_served(served))
+                news = _News(served.get("weight_version"))
                 task = bar.add_task("prompts", total=len(prompts), completed=len(done))
                 failed = 0
                 for index, found in _answered(client, prompts, missing, asked, per_call, bar):
                     if isinstance(found, Group):
                         answers.write(index, found)
+                        _say(bar, news.of(found))
                     else:
                         failed += 1
                         _say(bar, f"prompt {index}: {found} ({prompts[index].place})")
@@ -88,6 +91,21 @@ def collect(
             raise
         raise EadError(f"cannot write {error.filename or out}: {error.strerror}") from None
     return {"prompts": len(prompts), "answered_before": len(done), "failed": failed}
+
+
+class _News:
+    """Whether other weights answer than at the beginning."""
+
+    def __init__(self, version: str | None) -> None:
+        self._known = {version}
+
+    def of(self, group: Group) -> str | None:
+        rollouts = [answer.rollout for answer in group.answers if answer.rollout is not None]
+        new = {version for rollout in rollouts for version in rollout.versions} - self._known
+        self._known |= new
+        if not new or None in self._known:
+            return None
+        return f"weights of version {', '.join(sorted(new))} answer now, as each answer says"
 
 
 def _settings(asked: Asked, prompts: Sequence[Prompt]) -> dict[str, Any]:

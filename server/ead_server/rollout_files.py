@@ -165,7 +165,9 @@ class Lines(Answers):
             "index": index,
             "metadata": group.metadata,
             "prompt_token_ids": group.prompt_token_ids,
-            "answers": [a.model_dump(exclude={"tokens", "error"}) for a in group.answers],
+            "answers": [
+                a.model_dump(exclude={"tokens", "error", "reasoning"}) for a in group.answers
+            ],
         }
         with self.path.open("ab") as file:
             file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
