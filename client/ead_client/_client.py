@@ -141,7 +141,7 @@ class _Calls:
 
         once: what was sent of the body is gone.
         """
-        if error is clock.ended:
+        if clock.has_raised(error):
             raise error
         if isinstance(error, ApiError):
             again = error.status in (_REPEATED if repeatable else _NOT_BEGUN)
@@ -411,8 +411,8 @@ class Client(_Calls):
 
         body: JSON. content: in its place, bytes that are sent as they come, and once only.
         repeatable: whether doing it twice is harmless (default: for GET, and for what carries an
-        idempotency key). admin: send the admin
-        key, if there is one: for weights, schedule, step, pauses and aborts.
+        idempotency key). admin: send the admin key, if there is one: for weights, schedule, step,
+        pauses and aborts.
         """
         headers = self._headers(headers, admin=admin)
         if body is not None and content is None:

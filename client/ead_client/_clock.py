@@ -29,7 +29,7 @@ class Clock:
         self._deadline = deadline
         self._end = None if deadline is None else time.monotonic() + deadline
         self.last: EadError | None = None  # of the tries so far
-        self.ended: TimedOut | None = None  # what was raised at the deadline
+        self._ended: list[TimedOut] = []  # what was raised at the deadline
 
     def timeout(self) -> httpx.Timeout:
         """For httpx: each wait ends at the deadline. Raises TimedOut after it."""
@@ -51,8 +51,13 @@ class Clock:
     def over(self) -> TimedOut:
         """That the deadline has passed, and what went wrong before it."""
         said = "" if self.last is None else f"; last: {type(self.last).__name__}: {self.last}"
-        self.ended = TimedOut(f"no whole answer within the deadline of {self._deadline:g} s{said}")
-        return self.ended
+        error = TimedOut(f"no whole answer within the deadline of {self._deadline:g} s{said}")
+        self._ended.append(error)
+        return error
+
+    def has_raised(self, error: EadError) -> bool:
+        """Whether it says that the deadline has passed."""
+        return any(error is known for known in self._ended)
 
     @property
     def is_over(self) -> bool:
