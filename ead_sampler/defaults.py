@@ -14,7 +14,7 @@ import os
 from functools import lru_cache
 from typing import Any
 
-from ead_sampler.schedule import AnnealingError, parse_annealing
+from ead_sampler.schedule import AnnealingError, check_all_steps
 
 DEFAULT_ANNEALING = "EAD_ANNEALING"  # environment: JSON of a schedule
 
@@ -121,7 +121,7 @@ def with_step(raw: dict[str, Any]) -> dict[str, Any]:
 def set_default_annealing(raw: dict[str, Any] | None) -> None:
     """Make this the default of all processes of the server. Raises AnnealingError."""
     if raw is not None:
-        parse_annealing(raw)
+        check_all_steps(raw)
     text = json.dumps(raw)
     if len(text) > _SLOT:
         raise AnnealingError("annealing", f"must have at most {_SLOT} bytes as JSON")
@@ -138,5 +138,5 @@ def _parsed(text: str) -> dict[str, Any] | None:
         raise AnnealingError("annealing", f"is not valid JSON ({error}), got {text[:80]}") from None
     if raw is None:
         return None
-    parse_annealing(raw)
+    check_all_steps(raw)
     return dict(raw)

@@ -106,6 +106,22 @@ class Annealing(_Checked):
         """Factor on every temperature, see MeanMatched."""
         return 1.0
 
+    @model_validator(mode="after")
+    def _in_range(self) -> Annealing:
+        """Whatever its kind: no temperature leaves the range."""
+        scale = self.scale()
+        low, high = (tau * scale for tau in self.bounds())
+        if not (low >= TAU_LOWEST and high <= TAU_HIGHEST):
+            raise self._out_of_range(low, high)
+        return self
+
+    def _out_of_range(self, low: float, high: float) -> AnnealingError:
+        return AnnealingError(
+            "annealing",
+            f"must leave every temperature in [{TAU_LOWEST}, {TAU_HIGHEST}], "
+            f"got one that spreads them over [{low:.3g}, {high:.3g}]",
+        )
+
     def phases(self) -> tuple[Annealing, ...]:
         """The schedules that this one switches between in the course of an answer."""
         return (self,)
@@ -159,19 +175,14 @@ class PositionSchedule(Annealing):
         mean = _mean(type(self), self.parameters(), self.mean_matched.tokens)
         return self.mean_matched.temperature / mean
 
-    @model_validator(mode="after")
-    def _in_range_after_scaling(self) -> PositionSchedule:
-        if self.mean_matched is not None:
-            scale = self.scale()
-            low, high = (tau * scale for tau in self.bounds())
-            if low < TAU_LOWEST or high > TAU_HIGHEST:
-                raise AnnealingError(
-                    "annealing.mean_matched.temperature",
-                    f"must leave every temperature in [{TAU_LOWEST}, {TAU_HIGHEST}], "
-                    f"got {self.mean_matched.temperature}, which spreads them over "
-                    f"[{low:.3g}, {high:.3g}]",
-                )
-        return self
+    def _out_of_range(self, low: float, high: float) -> AnnealingError:
+        if self.mean_matched is None:
+            return super()._out_of_range(low, high)
+        return AnnealingError(
+            "annealing.mean_matched.temperature",
+            f"must leave every temperature in [{TAU_LOWEST}, {TAU_HIGHEST}], "
+            f"got {self.mean_matched.temperature}, which spreads them over [{low:.3g}, {high:.3g}]",
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -216,6 +227,23 @@ def parse_annealing(raw: object) -> Annealing:
         if isinstance(cause, AnnealingError):
             raise cause from None
         raise _describe(kind, first) from None
+
+
+def check_all_steps(raw: dict[str, Any]) -> None:
+    """As `parse_annealing`, for a schedule that is used step after step: where it names no step, it
+    must be right at whichever comes. Raises AnnealingError that names the step.
+
+    Looked at are 0 and all powers of two, since what grows with the step grows evenly.
+    """
+    parse_annealing(raw)
+    if raw.get("step") is not None:
+        return
+    for step in [0, *(1 << power for power in range(MAX_STEP.bit_length())), MAX_STEP]:
+        if step <= MAX_STEP:
+            try:
+                parse_annealing({**raw, "step": step})
+            except AnnealingError as error:
+                raise AnnealingError(error.field, f"at step {step}: {error.message}") from None
 
 
 def _describe(kind: type[BaseModel], error: Any) -> AnnealingError:

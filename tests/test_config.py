@@ -84,3 +84,20 @@ def test_the_readme_names_every_section() -> None:
     sections = [k for k, kind in kinds.items() if isinstance(kind, type) and kind not in (int, str)]
     assert len(sections) > 10
     assert not [name for name in sections if f"`{name}`" not in readme]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("n", "rollout.samples_per_prompt"),
+        ("max_new_tokens", "rollout.max_new_tokens"),
+        ("annealing", "rollout.annealing"),
+        ("texts", "the run itself"),
+    ],
+)
+def test_sampling_parameters_with_a_setting_of_their_own_are_refused(
+    name: str, setting: str
+) -> None:
+    with pytest.raises(BadConfig, match=f"rollout.sampling: .*{name} is set by {setting}"):
+        read_config([f"rollout.sampling={{{name}=3}}"])
+    assert read_config(["rollout.sampling={top_p=0.9}"]).rollout.sampling == {"top_p": 0.9}

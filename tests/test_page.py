@@ -119,3 +119,18 @@ def test_a_mistake_is_told_beside_the_schedule(page: Any) -> None:
     page.get_by_text(re.compile(r"annealing.tau_max: .*\[0.01, 10.0\]")).wait_for()
     page.get_by_label("tau_max of A", exact=True).fill("1.2")
     expect(page.get_by_role("alert").first).to_be_empty()
+
+
+@needs_chromium
+def test_an_empty_number_of_answers_is_told_and_does_not_disable_the_page(page: Any) -> None:
+    answers = page.get_by_label("Answers", exact=True)
+    generate = page.get_by_role("button", name="Generate")
+    answers.fill("")
+    generate.press("Enter")
+    assert answers.evaluate("field => field.validationMessage")
+    expect(generate).to_be_enabled()
+    answers.fill("1")
+    page.get_by_label("Tokens", exact=True).fill("4")
+    generate.press("Enter")
+    page.get_by_text("done", exact=True).wait_for(timeout=60_000)
+    expect(generate).to_be_enabled()

@@ -95,7 +95,7 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> No
             )
         except (OSError, CheckpointException) as error:
             # its text is a traceback, of which the end says what happened
-            raise CheckpointFailed(str(error).strip().splitlines()[-1]) from error
+            raise CheckpointFailed(str(error).strip().rpartition("\n")[2]) from error
         _on_rank_0(finish)
     except CheckpointFailed:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ead_client import Choice, Client, RequestRefused, Rollout
 from trainer_bridge.advantages import overlong_penalty
@@ -31,6 +31,22 @@ CONTINUED_AT_ONCE = 64  # answers that were aborted
 MAX_TURNS = 1000  # of one answer; each may be aborted before its first token
 
 
+def _further(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Not those that have a setting of their own."""
+    for name, setting in _OWN_SETTINGS.items():
+        if name in sampling:
+            raise ValueError(f"{name} is set by {setting}")
+    return sampling
+
+
+_OWN_SETTINGS = {
+    "n": "rollout.samples_per_prompt",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "annealing": "rollout.annealing",
+    **dict.fromkeys(("prompts", "entropies", "texts", "idempotency_key"), "the run itself"),
+}
+
+
 class RolloutConfig(Settings):
     """What is asked of the server for each step."""
 
@@ -40,7 +56,9 @@ class RolloutConfig(Settings):
     annealing: dict[str, Any] = Field(
         {}, description='the schedule, its step filled in; {"schedule": "constant"}: temperature 1'
     )
-    sampling: dict[str, Any] = Field({}, description="further sampling parameters of SGLang")
+    sampling: Annotated[dict[str, Any], AfterValidator(_further)] = Field(
+        {}, description="further sampling parameters of SGLang"
+    )
     staleness: int = Field(
         0,
         ge=0,

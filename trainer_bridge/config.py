@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,10 +113,10 @@ def _in_words(problem: ErrorDetails) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_bytes().removeprefix(codecs.BOM_UTF8).decode())
     except OSError as error:
         raise BadConfig(f"cannot read {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(f"{file} is not TOML: {error}") from None
 
 

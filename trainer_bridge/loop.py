@@ -32,7 +32,7 @@ from trainer_bridge.errors import BadConfig, CheckpointFailed
 from trainer_bridge.evaluate import evaluate
 from trainer_bridge.mending import mended
 from trainer_bridge.policy import Policy, load_policy
-from trainer_bridge.report import Display, RunFolder, changes, draw_curves
+from trainer_bridge.report import Display, RunFolder, changes, check_folder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.run_lock import alone_in
 from trainer_bridge.trainer import Trainer
@@ -81,6 +81,7 @@ def train(
         saved = folder / "checkpoints"
         if checkpoint.exist(saved) and not resume:
             raise BadConfig(f"{folder} already holds a run: go on with --resume, or choose another")
+        check_folder(folder, resume=resume)
         torch.manual_seed(config.seed)
         policy, tokenizer = load_policy(config.model, device)
         policy.shard()

@@ -2,6 +2,7 @@
 
 config.json, versions.json   what was run
 metrics.jsonl                one object per step; also TensorBoard's event files in tensorboard/
+metrics.dropped.jsonl        those of steps that a resumed run has done again
 samples/step-000012.jsonl    a few answers with their rewards and temperatures
 checkpoints/                 see trainer_bridge.checkpoint
 curves.png                   drawn at the end, and by `ead plot`
@@ -14,6 +15,7 @@ import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from trainer_bridge.errors import BadConfig
 from trainer_bridge.settings import Settings
 
 _PACKAGES = ("ead", "sglang", "torch", "transformers", "peft", "reasoning-gym", "math-verify")
@@ -64,12 +67,11 @@ class RunFolder:
         self.path = path
         self.config = config
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(described, indent=1))
-        (path / "versions.json").write_text(json.dumps(_versions(), indent=1))
-        kept = [entry for entry in read_metrics(path) if entry["step"] < resumed_at]
-        self.told = {entry["step"] for entry in kept}
+        _write_whole(path / "config.json", json.dumps(described, indent=1).encode())
+        _write_whole(path / "versions.json", json.dumps(_versions(), indent=1).encode())
         self._metrics = path / "metrics.jsonl"
-        self._metrics.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        _drop_from(self._metrics, resumed_at)
+        self.told = {entry["step"] for entry in read_metrics(path)}
         self._board: Any = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -93,8 +95,8 @@ class RunFolder:
 
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Keep the first few answers of a step."""
-        lines = [json.dumps(sample) for sample, _ in zip(samples, range(self.config.samples))]  # noqa: B905
-        (self.path / "samples" / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+        lines = [json.dumps(sample) + "\n" for sample in islice(samples, self.config.samples)]
+        (self.path / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines))
 
     def close(self) -> None:
         if self._board is not None:
@@ -122,17 +124,59 @@ def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield f"{above}{name}", value
 
 
+def check_folder(path: Path, *, resume: bool) -> None:
+    """Raises BadConfig when a run in this folder would write over what another left: it may have
+    ended before its first checkpoint."""
+    left = [path / "metrics.jsonl", *(path / "samples").glob("*"), *(path / "model").glob("*")]
+    if not resume and any(file.exists() and file.stat().st_size for file in left):
+        raise BadConfig(f"{path} already holds a run: go on with --resume, or choose another")
+    config = path / "config.json"
+    if config.exists() and not {"steps", "rollout"} <= {*_object(config.read_bytes())}:
+        raise BadConfig(f"{config} is not of a run: choose another folder")
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    """The JSON object, or an empty one for what is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _drop_from(metrics: Path, step: int) -> None:
+    """Move the entries of this step and later ones, and what cannot be read, to another file."""
+    kept: list[bytes] = []
+    dropped: list[bytes] = []
+    for line in metrics.read_bytes().split(b"\n") if metrics.exists() else ():
+        if line.strip():
+            number = _object(line).get("step")
+            known = not dropped and isinstance(number, int) and number < step
+            (kept if known else dropped).append(line + b"\n")
+    if dropped:
+        with metrics.with_name("metrics.dropped.jsonl").open("ab") as file:
+            file.writelines(dropped)
+    _write_whole(metrics, b"".join(kept))
+
+
+def _write_whole(file: Path, data: bytes) -> None:
+    """All of it or nothing, for those who read it meanwhile or after a kill."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(file)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The metrics of a run's folder, step by step; a last line cut off by a kill is left out."""
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
     entries = []
-    for line in file.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+    for line in file.read_bytes().split(b"\n"):
+        entry = _object(line)
+        if "step" not in entry:
             break
+        entries.append(entry)
     return entries
 
 
@@ -177,7 +221,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(Text(line), soft_wrap=True)  # as it is: errors are no markup
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done."""

@@ -31,6 +31,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ead_client import Client, EadError
+from ead_client._json import lines_of
 from trainer_bridge.broadcast import BroadcastGroup
 from trainer_bridge.errors import WeightUpdateFailed
 from trainer_bridge.settings import Settings
@@ -253,7 +254,7 @@ class DistributedPublisher(WeightPublisher):
         }
         try:
             with self.client.stream("/v1/weights/distributed", body, admin=True) as response:
-                return self._follow(map(json.loads, response.iter_lines()), group, whole)
+                return self._follow(map(json.loads, lines_of(response.iter_bytes())), group, whole)
         except BaseException:
             self.close()
             raise

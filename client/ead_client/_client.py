@@ -4,44 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import math
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, TypeVar
 
 import httpx
-import numpy as np
-from pydantic import ValidationError
 
-from ead_client._address import address_of
-from ead_client._errors import (
-    ApiError,
-    ConnectionFailed,
-    EadError,
-    MalformedAnswer,
-    RequestRefused,
-    ScheduleIgnored,
-    ServerUnavailable,
-    TimedOut,
+from ead_client._address import address_of, is_this_machine
+from ead_client._checks import (
+    ROLLOUTS,
+    ChunkStream,
+    GroupStream,
+    check_status,
+    checked_answer,
+    json_object,
+    transport_error,
+    whole_rollouts,
 )
-from ead_client._rollouts import FRAMES, WHOLE, Frames, Group, Rollouts, unpack
-from ead_client._servers import AsyncBalancedTransport, BalancedTransport
-from ead_client._types import AnnealingDict, Answer, Chunk
+from ead_client._clock import Clock
+from ead_client._errors import ApiError, ConnectionFailed, EadError, TimedOut
+from ead_client._json import to_json
+from ead_client._rollouts import FRAMES, WHOLE, Group, Rollouts
+from ead_client._servers import LIMITS, AsyncBalancedTransport, BalancedTransport
+from ead_client._types import UNSAID, AnnealingDict, Answer, Chunk, Unsaid
 
 Json = dict[str, Any]
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 # Of a rollout request: texts, token ids, messages, or objects with metadata, prefix and own n.
 Prompts = Sequence[str | Sequence[int] | Messages | Mapping[str, Any]]
+# None: none, even where the server has a default schedule. Left out: as the server does by default
 Annealing = AnnealingDict | Mapping[str, Any] | None
-AnswerT = TypeVar("AnswerT", Answer, Chunk)
+T = TypeVar("T")
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-ROLLOUTS = "/v1/rollouts"
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # seconds; a long answer takes minutes
-_RETRIED_STATUS = frozenset({429, 502, 503, 504})
+_NOT_BEGUN = frozenset({429, 503})  # a server that answers so has not started
+_REPEATED = _NOT_BEGUN | {502, 504}  # a proxy that answers so cannot tell
+_JSON = {"content-type": "application/json"}
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 class _Calls:
@@ -67,13 +80,23 @@ class _Calls:
         self.model = model
         self._retries = retries
         self._timeout = timeout if isinstance(timeout, httpx.Timeout) else httpx.Timeout(timeout)
+        if deadline is not None and math.isnan(deadline):
+            raise ValueError("deadline: must be a number of seconds, got nan")
         self._deadline = deadline
         # httpx would ask for compressed answers by itself
         headers = {"accept-encoding": "gzip" if compress else "identity", **_bearer(api_key)}
         self._admin_headers = _bearer(admin_api_key)
         several = len(urls) > 1  # whose transport puts the address in
         url = "http://servers" if several else self.base_url
-        self._options: Json = {"base_url": url, "timeout": self._timeout, "headers": headers}
+        # proxies cannot reach this machine for us
+        direct = {f"all://{httpx.URL(url).host}": None} if is_this_machine(url) else None
+        self._options: Json = {
+            "base_url": url,
+            "timeout": self._timeout,
+            "headers": headers,
+            "limits": LIMITS,
+            "mounts": direct,
+        }
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.base_urls))})"  # never the key
@@ -84,14 +107,14 @@ class _Calls:
         return {**(headers or {}), **(self._admin_headers if admin else {})}
 
     def _completion_body(
-        self, annealing: Annealing, rollout: bool | Mapping[str, bool], fields: Json
+        self, annealing: Annealing | Unsaid, rollout: bool | Mapping[str, bool], fields: Json
     ) -> Json:
         return {"model": self.model, **fields, **_asked(annealing, rollout)}
 
     def _chat_body(
         self,
         messages: Messages,
-        annealing: Annealing,
+        annealing: Annealing | Unsaid,
         rollout: bool | Mapping[str, bool],
         fields: Json,
     ) -> Json:
@@ -102,231 +125,95 @@ class _Calls:
             body["chat_template_kwargs"] = {**(body.get("chat_template_kwargs") or {}), **asked}
         return body
 
-    def _clock(self) -> _Clock:
-        return _Clock(self._timeout, self._deadline)
+    def _clock(self) -> Clock:
+        return Clock(self._timeout, self._deadline)
 
-    def _wait_before(self, attempt: int, clock: _Clock) -> float:
+    def _wait_before(self, attempt: int, clock: Clock) -> float:
         """Seconds before try number `attempt` (1 = the first retry): doubling, with jitter."""
         wait = min(0.25 * 2**attempt, 8.0) * random.uniform(0.5, 1.0)
         return min(wait, clock.left() or wait)
 
-    def _may_retry(self, error: EadError, attempt: int, *, repeatable: bool) -> bool:
-        """Whether sending again is safe: a call that changes nothing, one that never arrived
-        (a refused connection), or one that the server refused to start."""
-        if attempt >= self._retries:
-            return False
-        if isinstance(error, ConnectionFailed):
-            return repeatable or isinstance(error.__cause__, httpx.ConnectError)
-        if isinstance(error, TimedOut):
-            return repeatable or isinstance(error.__cause__, httpx.ConnectTimeout)
-        return isinstance(error, ApiError) and error.status in _RETRIED_STATUS
+    def _check_retry(
+        self, error: EadError, attempt: int, clock: Clock, *, repeatable: bool, once: bool
+    ) -> None:
+        """Raise unless sending again is safe: a call that changes nothing or has an idempotency
+        key, one that never arrived (a refused connection), or one that the server refused to start.
+
+        once: what was sent of the body is gone.
+        """
+        if clock.has_raised(error):
+            raise error
+        if isinstance(error, ApiError):
+            again = error.status in (_REPEATED if repeatable else _NOT_BEGUN)
+        else:
+            unsent = isinstance(error.__cause__, _UNSENT)
+            again = unsent or (repeatable and isinstance(error, ConnectionFailed | TimedOut))
+        if clock.is_over and (again or isinstance(error, ConnectionFailed | TimedOut)):
+            raise _late(error, clock)
+        if once or not again or attempt >= self._retries:
+            raise error
+        clock.last = error
+
+    def _request_of(
+        self,
+        http: httpx.Client | httpx.AsyncClient,
+        method: str,
+        path: str,
+        content: Any,
+        headers: Mapping[str, str],
+        clock: Clock,
+    ) -> httpx.Request:
+        return http.build_request(
+            method,
+            path,
+            content=content,
+            headers=headers,
+            timeout=clock.timeout(),
+            extensions=clock.extensions,
+        )
 
     def _rollouts_call(
         self,
         prompts: Prompts,
         sampling_params: Json,
-        annealing: Annealing,
+        annealing: Annealing | Unsaid,
         accept: str,
         idempotency_key: str | None,
         **fields: Any,
     ) -> tuple[Json, dict[str, str]]:
         """Body and headers; `fields` are the request's own (n, entropies, texts)."""
         alone = isinstance(prompts, str | Mapping)  # one prompt, and not its letters or keys
-        body: Json = {"prompts": _plain([prompts] if alone else prompts), **fields}
-        if annealing is not None:
-            body["annealing"] = dict(annealing)
+        body: Json = {"prompts": [prompts] if alone else prompts, **fields}
+        body |= _asked(annealing, False)
         headers = {"accept": accept}
         if idempotency_key:
             headers["idempotency-key"] = idempotency_key
-        return {**body, "sampling_params": _plain(sampling_params)}, headers
+        return {**body, "sampling_params": sampling_params}, headers
 
 
-class _Clock:
-    """The time of one call, its retries and its whole answer. deadline: seconds, or None."""
-
-    def __init__(self, timeout: httpx.Timeout, deadline: float | None) -> None:
-        self._timeout = timeout
-        self._deadline = deadline
-        self._end = None if deadline is None else time.monotonic() + deadline
-
-    def timeout(self) -> httpx.Timeout:
-        """For httpx: each wait ends at the deadline. Raises TimedOut after it."""
-        left = self.left()
-        if left is None:
-            return self._timeout
-        waits = {k: left if v is None else min(v, left) for k, v in self._timeout.as_dict().items()}
-        return httpx.Timeout(**waits)
-
-    def left(self) -> float | None:
-        """Seconds. Raises TimedOut when there are none."""
-        if self._end is None:
-            return None
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimedOut(f"no whole answer within the deadline of {self._deadline:g} s")
-        return left
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: arrays, as answers have them, as lists."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple) and not (value and type(value[0]) is int):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _asked(annealing: Annealing, rollout: bool | Mapping[str, bool]) -> Json:
+def _asked(annealing: Annealing | Unsaid, rollout: bool | Mapping[str, bool]) -> Json:
     """The fields of this project, where they say something."""
     asked: Json = {}
-    if annealing is not None:
-        asked["annealing"] = dict(annealing)
+    if not isinstance(annealing, Unsaid):
+        asked["annealing"] = None if annealing is None else dict(annealing)
     if rollout:
         asked["rollout"] = rollout if isinstance(rollout, bool) else dict(rollout)
     return asked
 
 
+def _late(error: EadError, clock: Clock) -> TimedOut:
+    """What to raise for an error that came when the deadline had passed."""
+    clock.last = error
+    return clock.over()
+
+
+def _repeatable(method: str, headers: Mapping[str, str]) -> bool:
+    keyed = any(name.lower() == "idempotency-key" for name in headers)
+    return keyed or method.upper() in ("GET", "HEAD")
+
+
 def _bearer(key: str | None) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
-
-
-def _checked_groups(body: Json, groups: list[Group]) -> list[Group]:
-    """The groups, whose answers must show that the schedule was honoured."""
-    for group in groups:
-        for answer in group.answers:
-            if answer.error is None:
-                honoured = answer.rollout is not None and answer.rollout.annealing is not None
-                _check_marker(body, honoured, True)
-    return groups
-
-
-def _whole_rollouts(body: Json, data: bytes) -> Rollouts:
-    about, groups = unpack(data)
-    if "id" not in about:
-        raise MalformedAnswer(f"not rollouts: {about!r:.200}")
-    return Rollouts(
-        id=about["id"],
-        model=about["model"],
-        usage=about["usage"],
-        groups=_checked_groups(body, groups),
-    )
-
-
-class _GroupStream:
-    """Reads frames into groups, and knows whether the stream came to its end."""
-
-    def __init__(self, body: Json, clock: _Clock) -> None:
-        self._body = body
-        self._clock = clock
-        self._frames = Frames()
-        self._ended = False
-
-    def feed(self, data: bytes) -> Iterator[Group]:
-        self._clock.left()
-        for frame in self._frames.feed(data):
-            about, groups = unpack(frame)
-            self._ended = about.get("object") == "rollouts.end"
-            yield from _checked_groups(self._body, groups)
-
-    def check_end(self) -> None:
-        if not self._ended:
-            raise ConnectionFailed("the stream of groups ended before its last frame")
-
-
-def _check_status(response: httpx.Response) -> None:
-    """Raise ApiError for an error answer, whose body has been read."""
-    if response.status_code < 400:
-        return
-    error: Any = response.text
-    with contextlib.suppress(ValueError):
-        error = json.loads(response.text)
-    if isinstance(error, dict):
-        error = error.get("error", error)
-    if not isinstance(error, dict):
-        error = {"message": str(error)}
-    said = error.get("message") or error.get("detail") or response.text
-    message = str(said or response.reason_phrase)
-    if response.status_code == 404 and response.url.path.endswith(ROLLOUTS):
-        message = f"{message}; only ead servers have {ROLLOUTS}; SGLang's router passes none on"
-    unavailable = response.status_code >= 500 or response.status_code == 429
-    kind = ServerUnavailable if unavailable else RequestRefused
-    raise kind(
-        response.status_code,
-        message[:2000],
-        param=error.get("param"),
-        kind=error.get("type"),
-    )
-
-
-def _transport_error(error: httpx.HTTPError) -> EadError:
-    if isinstance(error, httpx.TimeoutException):
-        return TimedOut(f"{type(error).__name__}: {error}")
-    return ConnectionFailed(f"{type(error).__name__}: {error}")
-
-
-def _parse(kind: type[AnswerT], text: str) -> AnswerT:
-    try:
-        return kind.model_validate(json.loads(text))
-    except (ValidationError, ValueError, AttributeError, TypeError) as error:
-        raise MalformedAnswer(f"not a {kind.__name__.lower()}: {error}") from error
-
-
-def _checked_answer(body: Json, response: httpx.Response) -> Answer:
-    """The answer, which must show that the schedule was honoured where one was asked for."""
-    answer = _parse(Answer, response.text)
-    for choice in answer.choices:
-        _check_marker(
-            body,
-            choice.rollout is not None and choice.rollout.annealing is not None,
-            choice.rollout is not None,
-        )
-    return answer
-
-
-def _check_marker(body: Json, annealed: bool, recorded: bool) -> None:
-    asked = {**body, **(body.get("chat_template_kwargs") or {})}
-    if asked.get("annealing") is not None and not annealed:
-        raise ScheduleIgnored("asked for annealing, and the answer does not say it was applied")
-    if asked.get("rollout") not in (None, False) and not recorded:
-        raise ScheduleIgnored("asked for a rollout, and the answer carries none")
-
-
-class _StreamCheck:
-    """Reads server-sent events into chunks, and checks the marker at the end of each choice."""
-
-    def __init__(self, body: Json, clock: _Clock) -> None:
-        self._body = body
-        self._clock = clock
-        self._annealed: set[int] = set()
-        self._recorded: set[int] = set()
-        self._ended = False
-
-    def check_end(self) -> None:
-        if not self._ended:
-            raise ConnectionFailed("the stream ended before its last event")
-
-    def chunk(self, line: str) -> Chunk | None:
-        self._clock.left()
-        self._ended = self._ended or line == "data: [DONE]"
-        if not line.startswith("data: ") or self._ended:
-            return None
-        data = line[len("data: ") :]
-        if data.startswith('{"error"'):
-            error = json.loads(data)["error"]
-            raise ServerUnavailable(500, str(error.get("message")), kind=error.get("type"))
-        chunk = _parse(Chunk, data)
-        for choice in chunk.choices:
-            if choice.rollout is not None:
-                self._recorded.add(choice.index)
-                if choice.rollout.annealing is not None:
-                    self._annealed.add(choice.index)
-            if choice.finish_reason is not None:
-                _check_marker(
-                    self._body, choice.index in self._annealed, choice.index in self._recorded
-                )
-        return chunk
 
 
 class Client(_Calls):
@@ -334,11 +221,11 @@ class Client(_Calls):
 
     base_url: of one server, or of several, of which each call goes to the one with the fewest in
     progress, see `_servers`. timeout: seconds without a byte, or httpx.Timeout. deadline: seconds
-    for a call with its retries and its whole answer, looked at between its pieces. retries: further
-    tries, with growing pauses, of what is safe to send again: reads, and calls that the server
-    never began. model: as served. admin_api_key: for calls that change the server, see `request`.
-    compress: rollouts come compressed, a quarter smaller: for slow networks, on others it takes
-    longer than it saves.
+    for a call with its connections, its retries and its whole answer. retries: further tries, with
+    growing pauses, of what is safe to send again: reads, calls with an idempotency key, and calls
+    that the server never began. model: as served. admin_api_key: for calls that change the server,
+    see `request`. compress: rollouts come compressed, a quarter smaller: for slow networks, on
+    others it takes longer than it saves.
     """
 
     def __init__(
@@ -372,47 +259,48 @@ class Client(_Calls):
         self,
         messages: Messages,
         *,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
         """One chat request; `fields` are OpenAI's (n, max_tokens, stop, ...).
 
+        annealing: the schedule; None: none, even where the server has a default one; left out: that
+        default, if there is one.
+
         Raises ScheduleIgnored when the answer does not show the schedule, RequestRefused for a
         bad field, and the other errors of `ead_client`.
         """
         body = self._chat_body(messages, annealing, rollout, fields)
-        return _checked_answer(body, self.request("POST", CHAT, body))
+        return checked_answer(body, self.request("POST", CHAT, body))
 
     def complete(
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
         """Continue one or several prompts, each a text or token ids; n of each, in order."""
         body = self._completion_body(annealing, rollout, {"prompt": prompt, **fields})
-        return _checked_answer(body, self.request("POST", COMPLETIONS, body))
+        return checked_answer(body, self.request("POST", COMPLETIONS, body))
 
     def stream_chat(
         self,
         messages: Messages,
         *,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Iterator[Chunk]:
         """The answer piece by piece; leaving the iteration ends the generation."""
         body = self._chat_body(messages, annealing, rollout, fields)
         clock = self._clock()
-        check = _StreamCheck(body, clock)
+        check = ChunkStream(body, clock)
         with self.stream(CHAT, {**body, "stream": True}, clock=clock) as response:
-            for line in response.iter_lines():
-                chunk = check.chunk(line)
-                if chunk is not None:
-                    yield chunk
+            for data in response.iter_bytes():
+                yield from check.feed(data)
         check.check_end()
 
     def rollouts(
@@ -420,7 +308,7 @@ class Client(_Calls):
         prompts: Prompts,
         *,
         n: int = 1,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         entropies: bool = False,
         texts: bool = True,
         idempotency_key: str | None = None,
@@ -444,16 +332,15 @@ class Client(_Calls):
             entropies=entropies,
             texts=texts,
         )
-        repeatable = idempotency_key is not None
-        response = self.request("POST", ROLLOUTS, body, repeatable=repeatable, headers=headers)
-        return _whole_rollouts(body, response.content)
+        response = self.request("POST", ROLLOUTS, body, headers=headers)
+        return whole_rollouts(body, response.content)
 
     def stream_rollouts(
         self,
         prompts: Prompts,
         *,
         n: int = 1,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         entropies: bool = False,
         texts: bool = True,
         idempotency_key: str | None = None,
@@ -473,7 +360,7 @@ class Client(_Calls):
             texts=texts,
         )
         clock = self._clock()
-        stream = _GroupStream(body, clock)
+        stream = GroupStream(body, clock)
         with self.stream(ROLLOUTS, body, headers, clock=clock) as response:
             for data in response.iter_bytes():
                 yield from stream.feed(data)
@@ -487,21 +374,27 @@ class Client(_Calls):
         headers: Mapping[str, str] | None = None,
         *,
         admin: bool = False,
-        clock: _Clock | None = None,
+        clock: Clock | None = None,
     ) -> Iterator[httpx.Response]:
         """POST to any route, for an answer that is read as it arrives; its status is checked, and
-        what breaks it later raises EadError too. admin: see `request`."""
-        headers = self._headers(headers, admin=admin)
+        what breaks it later raises EadError too. It is sent again as `request` does until an answer
+        begins. admin: see `request`."""
+        headers = {**_JSON, **self._headers(headers, admin=admin)}
+        content, clock = to_json(body), clock or self._clock()
+        repeatable = _repeatable("POST", headers)
+
+        def attempt() -> httpx.Response:
+            return self._opened("POST", path, content, headers, clock)
+
+        response = self._tried(attempt, clock, repeatable=repeatable, once=False)
         try:
-            with self._http.stream(
-                "POST", path, json=body, headers=headers, timeout=(clock or self._clock()).timeout()
-            ) as response:
-                if response.status_code >= 400:
-                    response.read()
-                _check_status(response)
+            with clock.watching(response):
                 yield response
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            ours = transport_error(error)
+            raise (_late(ours, clock) if clock.is_over else ours) from error
+        finally:
+            response.close()
 
     def request(
         self,
@@ -509,7 +402,7 @@ class Client(_Calls):
         path: str,
         body: Json | None = None,
         *,
-        content: Iterable[bytes] | None = None,
+        content: Iterable[bytes] | bytes | None = None,
         repeatable: bool | None = None,
         admin: bool = False,
         headers: Mapping[str, str] | None = None,
@@ -517,40 +410,64 @@ class Client(_Calls):
         """Any route of the server. Raises EadError; see `retries`.
 
         body: JSON. content: in its place, bytes that are sent as they come, and once only.
-        repeatable: whether doing it twice is harmless (default: for GET). admin: send the admin
-        key, if there is one: for weights, schedule, step, pauses and aborts.
+        repeatable: whether doing it twice is harmless (default: for GET, and for what carries an
+        idempotency key). admin: send the admin key, if there is one: for weights, schedule, step,
+        pauses and aborts.
         """
         headers = self._headers(headers, admin=admin)
-        repeatable = method == "GET" if repeatable is None else repeatable
+        if body is not None and content is None:
+            content, headers = to_json(body), {**_JSON, **headers}
+        once = content is not None and not isinstance(content, bytes)
+        repeatable = _repeatable(method, headers) if repeatable is None else repeatable
         clock = self._clock()
-        attempt = 0
+
+        def attempt() -> httpx.Response:
+            response = self._opened(method, path, content, headers, clock)
+            try:
+                with clock.watching(response):
+                    response.read()
+            except httpx.HTTPError as error:
+                raise transport_error(error) from error
+            finally:
+                response.close()
+            return response
+
+        return self._tried(attempt, clock, repeatable=repeatable, once=once)
+
+    def _tried(self, attempt: Callable[[], T], clock: Clock, *, repeatable: bool, once: bool) -> T:
+        """The result of `attempt`, which is made again where that is safe."""
+        tries = 0
         while True:
             try:
-                try:
-                    response = self._http.request(
-                        method,
-                        path,
-                        json=body,
-                        content=content,
-                        headers=headers,
-                        timeout=clock.timeout(),
-                    )
-                except httpx.HTTPError as error:
-                    raise _transport_error(error) from error
-                _check_status(response)
-                return response
+                return clock.bounded(attempt)
             except EadError as error:
-                if content is not None or not self._may_retry(
-                    error, attempt, repeatable=repeatable
-                ):
-                    raise
-            attempt += 1
-            time.sleep(self._wait_before(attempt, clock))
+                self._check_retry(error, tries, clock, repeatable=repeatable, once=once)
+            tries += 1
+            time.sleep(self._wait_before(tries, clock))
+
+    def _opened(
+        self, method: str, path: str, content: Any, headers: Mapping[str, str], clock: Clock
+    ) -> httpx.Response:
+        """An answer that has begun well, and is to be closed."""
+        request = self._request_of(self._http, method, path, content, headers, clock)
+        try:
+            response = self._http.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise transport_error(error) from error
+        if response.status_code >= 400:
+            try:
+                with clock.watching(response):
+                    response.read()
+                check_status(response)
+            except httpx.HTTPError as error:
+                raise transport_error(error) from error
+            finally:
+                response.close()
+        return response
 
     def model_info(self) -> Json:
         """SGLang's /model_info: the model's path and the weight version now served."""
-        info: Json = self.request("GET", "/model_info").json()
-        return info
+        return json_object(self.request("GET", "/model_info"))
 
     def close(self) -> None:
         self._http.close()
@@ -596,42 +513,41 @@ class AsyncClient(_Calls):
         self,
         messages: Messages,
         *,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
         """See Client.chat."""
         body = self._chat_body(messages, annealing, rollout, fields)
-        return _checked_answer(body, await self.request("POST", CHAT, body))
+        return checked_answer(body, await self.request("POST", CHAT, body))
 
     async def complete(
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> Answer:
         """See Client.complete."""
         body = self._completion_body(annealing, rollout, {"prompt": prompt, **fields})
-        return _checked_answer(body, await self.request("POST", COMPLETIONS, body))
+        return checked_answer(body, await self.request("POST", COMPLETIONS, body))
 
     async def stream_chat(
         self,
         messages: Messages,
         *,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
     ) -> AsyncIterator[Chunk]:
         """See Client.stream_chat."""
         body = self._chat_body(messages, annealing, rollout, fields)
         clock = self._clock()
-        check = _StreamCheck(body, clock)
+        check = ChunkStream(body, clock)
         async with self.stream(CHAT, {**body, "stream": True}, clock=clock) as response:
-            async for line in response.aiter_lines():
-                chunk = check.chunk(line)
-                if chunk is not None:
+            async for data in response.aiter_bytes():
+                for chunk in check.feed(data):
                     yield chunk
         check.check_end()
 
@@ -640,7 +556,7 @@ class AsyncClient(_Calls):
         prompts: Prompts,
         *,
         n: int = 1,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         entropies: bool = False,
         texts: bool = True,
         idempotency_key: str | None = None,
@@ -657,18 +573,15 @@ class AsyncClient(_Calls):
             entropies=entropies,
             texts=texts,
         )
-        repeatable = idempotency_key is not None
-        response = await self.request(
-            "POST", ROLLOUTS, body, repeatable=repeatable, headers=headers
-        )
-        return _whole_rollouts(body, response.content)
+        response = await self.request("POST", ROLLOUTS, body, headers=headers)
+        return whole_rollouts(body, response.content)
 
     async def stream_rollouts(
         self,
         prompts: Prompts,
         *,
         n: int = 1,
-        annealing: Annealing = None,
+        annealing: Annealing | Unsaid = UNSAID,
         entropies: bool = False,
         texts: bool = True,
         idempotency_key: str | None = None,
@@ -686,7 +599,7 @@ class AsyncClient(_Calls):
             texts=texts,
         )
         clock = self._clock()
-        stream = _GroupStream(body, clock)
+        stream = GroupStream(body, clock)
         async with self.stream(ROLLOUTS, body, headers, clock=clock) as response:
             async for data in response.aiter_bytes():
                 for group in stream.feed(data):
@@ -701,20 +614,24 @@ class AsyncClient(_Calls):
         headers: Mapping[str, str] | None = None,
         *,
         admin: bool = False,
-        clock: _Clock | None = None,
+        clock: Clock | None = None,
     ) -> AsyncIterator[httpx.Response]:
         """See Client.stream."""
-        headers = self._headers(headers, admin=admin)
+        headers = {**_JSON, **self._headers(headers, admin=admin)}
+        content, clock = to_json(body), clock or self._clock()
+        repeatable = _repeatable("POST", headers)
+
+        async def attempt() -> httpx.Response:
+            return await self._opened("POST", path, content, headers, clock)
+
+        response = await self._tried(attempt, clock, repeatable=repeatable, once=False)
         try:
-            async with self._http.stream(
-                "POST", path, json=body, headers=headers, timeout=(clock or self._clock()).timeout()
-            ) as response:
-                if response.status_code >= 400:
-                    await response.aread()
-                _check_status(response)
-                yield response
+            yield response
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            ours = transport_error(error)
+            raise (_late(ours, clock) if clock.is_over else ours) from error
+        finally:
+            await response.aclose()
 
     async def request(
         self,
@@ -722,43 +639,68 @@ class AsyncClient(_Calls):
         path: str,
         body: Json | None = None,
         *,
-        content: AsyncIterable[bytes] | None = None,
+        content: AsyncIterable[bytes] | bytes | None = None,
         repeatable: bool | None = None,
         admin: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         """See Client.request."""
         headers = self._headers(headers, admin=admin)
-        repeatable = method == "GET" if repeatable is None else repeatable
+        if body is not None and content is None:
+            content, headers = to_json(body), {**_JSON, **headers}
+        once = content is not None and not isinstance(content, bytes)
+        repeatable = _repeatable(method, headers) if repeatable is None else repeatable
         clock = self._clock()
-        attempt = 0
+
+        async def attempt() -> httpx.Response:
+            response = await self._opened(method, path, content, headers, clock)
+            try:
+                await response.aread()
+            except httpx.HTTPError as error:
+                raise transport_error(error) from error
+            finally:
+                await response.aclose()
+            return response
+
+        return await self._tried(attempt, clock, repeatable=repeatable, once=once)
+
+    async def _tried(
+        self, attempt: Callable[[], Awaitable[T]], clock: Clock, *, repeatable: bool, once: bool
+    ) -> T:
+        """The result of `attempt`, which is made again where that is safe."""
+        tries = 0
         while True:
             try:
-                try:
-                    response = await self._http.request(
-                        method,
-                        path,
-                        json=body,
-                        content=content,
-                        headers=headers,
-                        timeout=clock.timeout(),
-                    )
-                except httpx.HTTPError as error:
-                    raise _transport_error(error) from error
-                _check_status(response)
-                return response
+                return await clock.awaited(attempt())
             except EadError as error:
-                if content is not None or not self._may_retry(
-                    error, attempt, repeatable=repeatable
-                ):
-                    raise
-            attempt += 1
-            await asyncio.sleep(self._wait_before(attempt, clock))
+                self._check_retry(error, tries, clock, repeatable=repeatable, once=once)
+            tries += 1
+            await asyncio.sleep(self._wait_before(tries, clock))
+
+    async def _opened(
+        self, method: str, path: str, content: Any, headers: Mapping[str, str], clock: Clock
+    ) -> httpx.Response:
+        """An answer that has begun well, and is to be closed."""
+        request = self._request_of(self._http, method, path, content, headers, clock)
+        try:
+            response = await self._http.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise transport_error(error) from error
+        if response.status_code >= 400:
+            try:
+                await response.aread()
+                check_status(response)
+            except httpx.HTTPError as error:
+                raise transport_error(error) from error
+            finally:
+                await response.aclose()
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = clock.each(response.stream)
+        return response
 
     async def model_info(self) -> Json:
         """See Client.model_info."""
-        info: Json = (await self.request("GET", "/model_info")).json()
-        return info
+        return json_object(await self.request("GET", "/model_info"))
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -3,6 +3,7 @@
 EadError
 ├── ConnectionFailed      no server there, or it went away
 ├── TimedOut              no answer in time; the request may still be running
+├── NotSendable           a request holds what JSON cannot, such as NaN; nothing was sent
 ├── MalformedAnswer       an answer that is not what the API promises
 ├── ScheduleIgnored       asked for annealing or a rollout, and the answer has no sign of it
 └── ApiError              the server answered with an error; has status, param and type
@@ -23,6 +24,10 @@ class ConnectionFailed(EadError, ConnectionError):
 
 class TimedOut(EadError, TimeoutError):
     """No answer within the client's timeout."""
+
+
+class NotSendable(EadError, ValueError):
+    """The request holds what JSON cannot; the message says where. Nothing was sent."""
 
 
 class MalformedAnswer(EadError, ValueError):

@@ -31,14 +31,15 @@ def answers_html(choices: Sequence[Choice]) -> str:
 def choice_html(choice: Choice) -> str:
     """The text, token by token where the answer has its tokens' texts, and how it ended."""
     head = f"<b>{choice.index}</b> {escape(choice.finish_reason or '')}"
+    thought = f"<i>{escape(choice.reasoning)}</i><br>" if choice.reasoning else ""
     if choice.error is not None:
         body = f"<i>{escape(str(choice.error.get('message')))}</i>"
     elif choice.rollout is None:
-        body = escape(choice.text)
+        body = f"{thought}{escape(choice.text)}"
     elif choice.tokens is not None and len(choice.tokens) == len(choice.rollout):
         body = rollout_html(choice.rollout, choice.tokens)
     else:
-        body = f"{escape(choice.text)}<br><small>{rollout_html(choice.rollout)}</small>"
+        body = f"{thought}{escape(choice.text)}<br><small>{rollout_html(choice.rollout)}</small>"
     style = "white-space:pre-wrap;overflow-wrap:anywhere"
     return f'<div style="{style}"><small>{head}</small><br>{body}</div>'
 

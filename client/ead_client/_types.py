@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,15 @@ class AnnealingDict(TypedDict, total=False):
     warmup: int  # tokens at temperature 1
     step: int | None
     position_offset: int  # tokens
+
+
+class Unsaid(Enum):
+    """An argument that was left out, where None says something."""
+
+    UNSAID = "left out"
+
+
+UNSAID: Final = Unsaid.UNSAID
 
 
 def _floats(values: Any) -> Any:
@@ -118,7 +128,8 @@ class Choice(Answered):
     """One generated answer."""
 
     index: int
-    text: str
+    text: str  # without the thinking
+    reasoning: str = ""  # the thinking, where the server sets it apart (--reasoning-parser)
     finish_reason: str | None = None
     rollout: Rollout | None = None
     tokens: list[str] | None = None  # texts of the tokens, where `logprobs` was asked for
@@ -130,7 +141,8 @@ class Choice(Answered):
         """Chat answers carry the text in a message, or, streamed, in a delta."""
         message = raw.get("message") or raw.get("delta")
         if isinstance(message, dict):
-            raw = {**raw, "text": message.get("content") or ""}
+            thought = message.get("reasoning_content") or message.get("reasoning") or ""
+            raw = {**raw, "text": message.get("content") or "", "reasoning": thought}
         logprobs = raw.get("logprobs") or {}
         if logprobs.get("content"):
             return {**raw, "tokens": [entry["token"] for entry in logprobs["content"]]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ead_client import Client
+from ead_client import Client, EadError
 
 PLAIN = "plain"
 _MODES: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ def bench(client: Client, *, batch: int, tokens: int, rounds: int, as_json: bool
 
     The first round warms up and does not count.
     """
+    _allow_files(batch)
     console = Console(stderr=True)
     found: dict[str, list[float]] = {mode: [] for mode in _MODES}
     for round_ in track(range(rounds + 1), "rounds", console=console):
@@ -51,6 +53,16 @@ def bench(client: Client, *, batch: int, tokens: int, rounds: int, as_json: bool
     for mode, rates in found.items():
         table.add_row(mode, _spread(rates, ".1f"), _spread(ratios.get(mode, []), ".2f"))
     Console().print(table)
+
+
+def _allow_files(batch: int) -> None:
+    """Let this process have a connection for each answer. Raises EadError."""
+    wanted = batch + 128  # for all else that is open
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise EadError(f"--batch: {batch} answers at once need {wanted} open files of {hard}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _tokens_per_second(client: Client, fields: dict[str, Any], batch: int, tokens: int) -> float:

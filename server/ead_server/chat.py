@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from ead_client import Chunk, Client, _html
+from ead_client import Chunk, Client, EadError, _html
 
 # what a token can be coloured by, and the value that is full red
 COLUMNS = {"temperature": 1.2, "entropy": 3.0, "surprise": 5.0}
@@ -60,9 +60,11 @@ def _typed() -> Iterator[str]:
         import readline  # noqa: F401  (input() edits with it)
     while True:
         try:
-            line = input(prompt).strip()
+            line = input(prompt).removeprefix("\ufeff").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise EadError(f"what was typed is not UTF-8: {error}") from None
         except KeyboardInterrupt:
             print()
             continue
@@ -78,7 +80,8 @@ def _answer(
     max_tokens: int,
     by: str,
 ) -> str:
-    """Print one answer as it comes. Returns its text, so far as it was printed."""
+    """Print one answer as it comes, its thinking too. Returns its text without that, so far as it
+    was printed."""
     chunks = client.stream_chat(
         messages,
         annealing=annealing,
@@ -91,8 +94,8 @@ def _answer(
         for chunk in chunks:
             for piece, value in _coloured(chunk, by):
                 console.print(Text(piece, style=heat(value / COLUMNS[by])), end="")
-                text += piece
             for choice in chunk.choices:
+                text += choice.text
                 reason = choice.finish_reason or reason
                 if choice.rollout is not None:
                     taus += choice.rollout.temperatures.tolist()
@@ -103,17 +106,18 @@ def _answer(
     console.print()
     if taus:
         said = f"{len(taus)} tokens, temperature {taus[0]:.2f} to {taus[-1]:.2f}, "
-        console.print(f"{said}mean log pi {np.mean(logprobs):.2f}, {reason}", style="dim")
+        console.print(Text(f"{said}mean log pi {np.mean(logprobs):.2f}, {reason}", style="dim"))
     return text
 
 
 def _coloured(chunk: Chunk, by: str) -> Iterator[tuple[str, float]]:
     """The chunk's text, by token where it has them, with what each is coloured by."""
     for choice in chunk.choices:
+        said = choice.reasoning + choice.text
         rollout = choice.rollout
         if rollout is None or not choice.tokens or not len(rollout):
-            if choice.text:
-                yield choice.text, 0.0
+            if said:
+                yield said, 0.0
             continue
         columns = {
             "temperature": rollout.temperatures,
@@ -124,7 +128,7 @@ def _coloured(chunk: Chunk, by: str) -> Iterator[tuple[str, float]]:
         assert column is not None
         # The text leaves out what ends an answer, which is a token like others; and the first of
         # several tokens that make one character have no text.
-        left = choice.text
+        left = said
         for token, value in zip(choice.tokens, column[-len(choice.tokens) :], strict=True):
             if left.startswith(token):
                 left = left[len(token) :]

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from ead_client import Client
 
 try:
     import typer
@@ -208,7 +211,10 @@ def schedule(
         list[str] | None,
         typer.Argument(help="JSON, a preset (recipe, paper) or a kind (cosine, ...); several."),
     ] = None,
-    step: Annotated[list[int] | None, typer.Option(min=0, help="Training step; several.")] = None,
+    step: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Training step; several. None: the schedule's own, or 0."),
+    ] = None,
     length: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens.")] = 512,
     entropy: Annotated[
         float, typer.Option(min=0, max=20, help="Nats, for schedules that look at it.")
@@ -226,7 +232,7 @@ def schedule(
     if out is not None and out.suffix not in (".png", ".svg"):
         raise SystemExit(f"ead: --out: must end in .png or .svg, got {out}")
     with _said_plainly():
-        found = show_schedule.curves(schedules or ["recipe"], step or [0], length, entropy)
+        found = show_schedule.curves(schedules or ["recipe"], step or [], length, entropy)
         show_schedule.show(found, as_table=table, as_json=as_json, out=out)
 
 
@@ -246,13 +252,12 @@ def chat(
 
     Example: ead chat "Why is the sea salty?" --annealing paper --by entropy
     """
-    from ead_client import Client
     from ead_server.chat import COLUMNS
     from ead_server.chat import chat as talk
 
     if by not in COLUMNS:
         raise SystemExit(f"ead: --by: must be one of {', '.join(COLUMNS)}, got {by!r}")
-    with _said_plainly(), Client(url, api_key=api_key) as client:
+    with _said_plainly(), _client(url, api_key) as client:
         asked = _schedule(annealing)
         talk(client, question, annealing=asked, system=system, max_tokens=max_tokens, by=by)
 
@@ -263,14 +268,21 @@ def rollout(
     out: Annotated[
         Path, typer.Option(help="A .jsonl file, or a folder for safetensors files.")
     ] = Path("rollouts.jsonl"),
-    n: Annotated[int, typer.Option("-n", min=1, help="Answers to each prompt.")] = 1,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Answers to each prompt; default 1.")
+    ] = None,
     annealing: Scheduled = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; default 512.")
+    ] = None,
     sampling: Annotated[
         str, typer.Option(help='JSON of SGLang\'s sampling parameters, as {"top_p": 0.9}.')
     ] = "{}",
     entropies: Annotated[bool, typer.Option("--entropies", help="Of every token too.")] = False,
-    per_call: Annotated[int, typer.Option(min=1, help="Prompts in one request.")] = 64,
+    per_call: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts in one request; default 64, or as few as fit in it."),
+    ] = None,
     url: Annotated[
         list[str] | None, typer.Option(envvar="EAD_URL", help="Of the server, or of several.")
     ] = None,
@@ -283,27 +295,45 @@ def rollout(
     """
     import json
 
-    from ead_client import Client
-    from ead_server import rollout_files
+    from ead_server.rollout import Asked, collect
+    from ead_server.rollout_prompts import read_prompts
 
-    with _said_plainly(), Client(url or LOCAL, api_key=api_key) as client:
-        try:
-            params = json.loads(sampling)
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"ead: --sampling: is not valid JSON ({error})") from None
-        if not isinstance(params, dict):
-            raise SystemExit(f"ead: --sampling: must be an object, got {sampling}")
-        params["max_new_tokens"] = max_new_tokens
-        asked = rollout_files.Asked(n, _schedule(annealing), entropies, params)
-        counts = rollout_files.collect(
-            client, rollout_files.read_prompts(prompts), asked, out, per_call=per_call
-        )
+    with _said_plainly(), _client(url or LOCAL, api_key) as client:
+        params = _sampling(sampling, {"n": n, "max_new_tokens": max_new_tokens})
+        answers = params.pop("n", 1)
+        asked = Asked(answers, _schedule(annealing), entropies, {"max_new_tokens": 512, **params})
+        counts = collect(client, prompts, read_prompts(prompts), asked, out, per_call=per_call)
     if as_json:
         print(json.dumps({**counts, "out": str(out)}))
     else:
         print(f"{counts['prompts'] - counts['failed']} of {counts['prompts']} prompts in {out}")
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+def _sampling(text: str, options: dict[str, int | None]) -> dict[str, Any]:
+    """The sampling parameters as they are typed, with the options that are some of them."""
+    import json
+
+    try:
+        params = json.loads(text)
+    except ValueError as error:
+        raise SystemExit(f"ead: --sampling: is not valid JSON ({error})") from None
+    if not isinstance(params, dict):
+        raise SystemExit(f"ead: --sampling: must be an object, got {text}")
+    for name in ("prompts", "annealing", "entropies", "texts", "idempotency_key"):
+        if name in params:
+            raise SystemExit(f"ead: --sampling: {name} is no sampling parameter")
+    for name, value in options.items():
+        given = params.get(name, value)
+        if name in params and (type(given) is not int or given < 1):
+            raise SystemExit(f"ead: --sampling: {name} must be an integer from 1 on, got {given!r}")
+        if value is not None and given != value:
+            flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+            raise SystemExit(f"ead: --sampling: {name} is {given}, and {flag} is {value}")
+        if given is not None:
+            params[name] = given
+    return params
 
 
 @app.command()
@@ -319,11 +349,19 @@ def bench(
 
     Example: ead bench --batch 4 --tokens 8 --rounds 1 --json
     """
-    from ead_client import Client
     from ead_server.bench import bench as measure
 
-    with _said_plainly(), Client(url, api_key=api_key) as client:
+    with _said_plainly(), _client(url, api_key) as client:
         measure(client, batch=batch, tokens=tokens, rounds=rounds, as_json=as_json)
+
+
+def _client(url: str | list[str], api_key: str | None) -> Client:
+    from ead_client import Client
+
+    try:
+        return Client(url, api_key=api_key)
+    except ValueError as error:
+        raise SystemExit(f"ead: --url: {error}") from None
 
 
 def _schedule(text: str | None) -> dict[str, Any] | None:
@@ -390,7 +428,7 @@ def _said_plainly() -> Iterator[None]:
 
     try:
         yield
-    except (ModelPullError, ServerFailed, EadError, BridgeError) as error:
+    except (ModelPullError, ServerFailed, EadError, BridgeError, OSError) as error:
         print(f"ead: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 

@@ -6,7 +6,8 @@ few GRPO steps against the same server, and draw what happened.
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from ead_sampler import device
+from ead_sampler.defaults import DEFAULT_ANNEALING
 from ead_server import models
 from ead_server.chat import COLUMNS, heat
 from ead_server.process import ServerProcess
@@ -34,35 +37,39 @@ CHAT_SAMPLES = 8
 
 
 def run(*, steps: int, out: Path, port: int) -> None:
-    """Everything, in order. Files go to `out`. Raises what fails, after stopping the server."""
+    """Everything, in order. Files go to `out`, or, where that holds something, to a new folder
+    beside it. Raises what fails, after stopping the server."""
     console = Console()
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    out = _new_folder(out)
 
     console.rule("[bold]1  Model and server")
     console.print(f"device: {device.choose()}")
     model = models.pull()
     arguments = ["--dtype", DTYPE, "--weights-root", str(out)]
-    with ServerProcess(arguments, out / "server.log", port=port) as server:
+    environ = {DEFAULT_ANNEALING: ""}  # the demo says itself what it samples with
+    with ServerProcess(arguments, out / "server.log", port=port, environ=environ) as server:
         with _waiting(console, "starting SGLang") as say:
             server.wait_until_ready(progress=say)
-        console.print(f"serving SmolLM2-135M-Instruct at {server.url}, log in {server.log}")
+        log = escape(str(server.log))
+        console.print(f"serving SmolLM2-135M-Instruct at {server.url}, log in {log}")
 
         console.rule("[bold]2  One annealed question, through the official openai client")
-        choices = _ask(console, server.url)
+        choices = _ask(console, server)
 
         console.rule(f"[bold]3  {steps} GRPO steps against the same server")
         _train(console, server, model, steps, out)
         with _waiting(console, "stopping the server"):
             server.stop()
 
-    picture = out / "annealing.png"
+    picture, trained = out / "annealing.png", escape(str(out / "train"))
     _draw([choice.rollout for choice in choices], picture)
     console.rule("[bold]Done")
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; the server is stopped.\n"
-        f"Picture: [bold]{picture}[/] (schedule, temperatures used, entropy by position)\n"
-        f"Run: [bold]{out / 'train'}[/] (settings, metrics, answers, curves, the trained model)\n"
+        f"Picture: [bold]{escape(str(picture))}[/] "
+        "(schedule, temperatures used, entropy by position)\n"
+        f"Run: [bold]{trained}[/] (settings, metrics, answers, curves, the trained model)\n"
         "Next:\n"
         "  .venv/bin/ead serve                      # the same server, for your own requests\n"
         "  curl http://127.0.0.1:30000/v1/chat/completions -H 'content-type: application/json' \\\n"
@@ -74,12 +81,30 @@ def run(*, steps: int, out: Path, port: int) -> None:
     )
 
 
-def _ask(console: Console, url: str) -> list[Any]:
+def _new_folder(asked: Path) -> Path:
+    """This folder if it is new or empty, else the first free one with a number: nothing that is
+    there is written over."""
+    for number in itertools.count(1):
+        folder = asked if number == 1 else asked.with_name(f"{asked.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+        if folder.is_dir() and not any(folder.iterdir()):
+            return folder
+    raise AssertionError("numbers do not end")
+
+
+def _ask(console: Console, server: ServerProcess) -> list[Any]:
     """One chat request with several samples; shows the first."""
     import openai
 
     with _waiting(console, f"{CHAT_SAMPLES} samples of up to {CHAT_TOKENS} tokens"):
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+        client = openai.OpenAI(
+            base_url=f"{server.url}/v1",
+            api_key=server.api_key or "none",
+            timeout=600,
+            http_client=openai.DefaultHttpxClient(trust_env=False),  # past any proxy
+        )
         answer = client.chat.completions.create(
             model="smollm2",
             messages=[{"role": "user", "content": QUESTION}],
@@ -144,11 +169,9 @@ def _train(console: Console, server: ServerProcess, model: Path, steps: int, out
         "mismatch: server's log pi against the trainer's, nats",
         soft_wrap=True,
     )
-    run = out / "train"
-    shutil.rmtree(run, ignore_errors=True)  # of the demo before
-    client = Client(server.url, admin_api_key=server.admin_api_key)
+    client = Client(server.url, api_key=server.api_key, admin_api_key=server.admin_api_key)
     with client, Display(console, config.steps) as display:
-        train(config, run, WaitedFor(client, 60.0), display)
+        train(config, out / "train", WaitedFor(client, 60.0), display)
 
 
 def _draw(rollouts: Sequence[dict[str, Any]], path: Path) -> None:
@@ -202,7 +225,7 @@ def _waiting(console: Console, what: str) -> Iterator[Callable[[str], None]]:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[detail]}", table_column=None),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),  # of a log
             console=console,
             transient=True,
         ) as progress:

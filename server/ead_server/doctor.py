@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ead_sampler import cpu_kernels, device
@@ -72,8 +73,8 @@ def report(findings: list[Finding], *, as_json: bool) -> bool:
         return right
     table = Table(show_header=False, box=None)
     for what, fine, says in findings:
-        table.add_row("[green]ok[/]" if fine else "[bold red]wrong[/]", what, says)
-    Console(soft_wrap=True).print(table)
+        table.add_row("[green]ok[/]" if fine else "[bold red]wrong[/]", what, escape(says))
+    Console(soft_wrap=True, emoji=False).print(table)
     return right
 
 

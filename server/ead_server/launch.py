@@ -72,6 +72,7 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     reason = unsupported_mode(server_args, os.environ)
     if default_annealing() is not None and reason is not None:
         raise SystemExit(f"ead: this server cannot honour a default schedule: {reason}")
+    _ask_itself_directly(server_args.host)
     refused = flags.refused(server_args, os.environ)
     if refused is not None:
         flags.refuse(refused)
@@ -109,6 +110,15 @@ def _wants_crash_reports(server_args: Any) -> bool:
 
 
 _TRUE = ("true", "1", "yes", "y")  # as SGLang reads them
+
+
+def _ask_itself_directly(host: str) -> None:
+    """SGLang's first requests, and those among its processes, go to this machine, where a proxy of
+    the environment cannot reach."""
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [part for part in os.environ.get(name, "").split(",") if part.strip()]
+        here = [part for part in ("localhost", "127.0.0.1", "::1", host) if part not in known]
+        os.environ[name] = ",".join([*known, *here])
 
 
 def _say(line: str) -> None:

@@ -100,7 +100,7 @@ def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
-        last = "\n  ".join((result.stdout + result.stderr).strip().splitlines()[-8:])
+        last = "\n  ".join((result.stdout + result.stderr).strip().split("\n")[-8:])
         raise ModelPullError(
             f"exit status {result.returncode} from {shlex.join(command)}\n  {last}"
         )

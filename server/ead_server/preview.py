@@ -16,7 +16,8 @@ _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66509e", "#30638e", "#5c946e")
 def temperatures(
     schedule: Annealing, steps: Sequence[int], length: int, entropy: float
 ) -> dict[int, list[float]]:
-    """tau of the first `length` tokens at each training step.
+    """tau of the first `length` tokens at each training step; without steps, at the schedule's own,
+    or 0.
 
     entropy: nats, of every next token, for schedules that look at it. Schedules that follow what
     was sampled (`segment`, `branch`) are shown as they begin.
@@ -25,7 +26,7 @@ def temperatures(
     entropies = torch.full((length,), entropy)
     return {
         step: schedule.model_copy(update={"step": step}).temperatures(positions, entropies).tolist()
-        for step in steps
+        for step in steps or [schedule.step or 0]
     }
 
 

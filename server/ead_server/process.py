@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from ead_server.settings import read_key
 from ead_server.watch import LOOK_SECONDS, StoppedProcesses
 
 HOST = "127.0.0.1"
@@ -29,11 +30,12 @@ class ServerFailed(RuntimeError):
 class ServerProcess:
     """`ead serve` (or another command) on loopback, started now and stopped on exit.
 
-    It has an admin key of its own, `admin_api_key`, and is told to end when the thread that made
-    it is gone, however that ended (Linux).
+    It has an admin key of its own, `admin_api_key`, and asks for the `api_key` that its arguments
+    or the environment name (None: for none). It is told to end when the thread that made it is
+    gone, however that ended (Linux).
 
-    port: 0 for any free one. command: without host and port. log: file that takes the server's
-    output. Everything that the server starts is in its own process group, and is stopped with it.
+    port: 0 for any free one. command: without host and port. log: file that the server's output is
+    added to. Everything that the server starts is in its own process group, and is stopped with it.
     Raises ServerFailed when the port is taken.
     """
 
@@ -53,18 +55,21 @@ class ServerProcess:
         self.url = f"http://{HOST}:{self.port}"
         self.log = log
         self.admin_api_key = secrets.token_urlsafe(32)
+        environ = {
+            **os.environ,
+            "EAD_ADMIN_API_KEY": self.admin_api_key,
+            **(environ or {}),
+        }
+        self.api_key = _api_key([*command, *arguments], environ)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
+        self._log_start = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*command, *arguments, "--host", HOST, "--port", str(self.port)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={
-                    **os.environ,
-                    "EAD_ADMIN_API_KEY": self.admin_api_key,
-                    **(environ or {}),
-                },
+                env=environ,
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
@@ -82,7 +87,7 @@ class ServerProcess:
                 raise ServerFailed(f"exit status {self.process.returncode}\n{self.log_end()}")
             try:
                 # 503 until SGLang's own warm-up request has been answered
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).is_success:
                     return
             except httpx.TransportError:
                 pass  # not listening yet
@@ -118,14 +123,28 @@ class ServerProcess:
 
     def log_end(self, lines: int = 30) -> str:
         """The last lines of the server's output."""
-        text = self.log.read_bytes()[-20_000:].decode(errors="replace")
-        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+        text = self.log.read_bytes()[self._log_start :][-20_000:].decode(errors="replace")
+        return "\n".join([line for line in text.split("\n") if line.strip()][-lines:])
 
     def __enter__(self) -> ServerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _api_key(arguments: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    """The key that such a server asks of its callers."""
+    key, file = environ.get("EAD_API_KEY"), environ.get("EAD_API_KEY_FILE")
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag == "--api-key":
+            key = value if equals else following
+        elif flag == "--api-key-file":
+            file = value if equals else following
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # the server says so
+        return read_key(key, file)
+    return None
 
 
 def keep_alive(command: Sequence[str], *, pause_s: float = 1.0) -> int:

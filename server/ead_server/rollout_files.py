@@ -1,207 +1,209 @@
-"""`ead rollout`: a file of prompts to a file of answers, which goes on where it was stopped.
+"""Where the answers of `ead rollout` go, so that it can go on where it was stopped.
 
-Prompts are lines: of text (.txt), or of JSON (.jsonl) as /v1/rollouts takes them, where fields
-that it does not know become metadata. Answers go to a .jsonl file, one line per prompt as it
-completes, or to a folder, one safetensors file per prompt, named by its number. What was asked is
-kept beside them, so that answers to other questions are never mixed in.
+Answers go to a .jsonl file, one line per prompt as it completes, or to a folder, one safetensors
+file per prompt, named by its number. What was asked, and of which model, is kept beside them, so
+that answers to other questions are never mixed in, and nothing is touched that is not ours.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import fcntl
 import json
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from ead_client import Client, ConnectionFailed, EadError, Group, ServerUnavailable, TimedOut
+from ead_client import EadError, Group
+from ead_client._json import to_json
 
-_PROMPT_FIELDS = {"text", "messages", "token_ids", "prefix_token_ids", "n", "metadata"}
-_PATIENCE_S = 300.0  # for a server that is gone to come back
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of the server for every prompt."""
-
-    n: int
-    annealing: dict[str, Any] | None
-    entropies: bool
-    sampling_params: dict[str, Any]
+_BEGIN = b'{"index":'  # of each line
+_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.safetensors", re.ASCII)
 
 
-def read_prompts(path: Path) -> list[Any]:
-    """One per line. Raises EadError that names the line."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EadError(f"cannot read {path}: {error}") from None
-    if path.suffix != ".jsonl":
-        return [{"text": line} for line in lines if line.strip()]
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(_prompt(json.loads(line)))
-        except ValueError as error:
-            raise EadError(f"{path}:{number}: {error}") from None
-    return prompts
+def answers_at(path: Path) -> Answers:
+    """What takes the answers at this path. Nothing is written yet. Raises EadError."""
+    path = path.absolute()
+    is_file = path.suffix.lower() == ".jsonl"
+    if not path.name:
+        raise EadError(f"--out: must be a .jsonl file or a folder, got {path}")
+    if path.exists() and (path.is_file() != is_file or path.is_dir() == is_file):
+        raise EadError(f"--out: must be a .jsonl file, or else a folder, got {path}")
+    return Lines(path) if is_file else Folder(path)
 
 
-def _prompt(raw: Any) -> dict[str, Any]:
-    """A prompt as /v1/rollouts takes it. Raises ValueError."""
-    if isinstance(raw, str):
-        return {"text": raw}
-    if isinstance(raw, list):
-        return {"messages" if raw and isinstance(raw[0], dict) else "token_ids": raw}
-    if not isinstance(raw, dict):
-        raise ValueError(f"must be a text, a list or an object, got {raw!r:.100}")
-    if "prompt" in raw and not _PROMPT_FIELDS & {*raw} - {"n", "metadata"}:
-        raw = {**_prompt(raw["prompt"]), **{k: v for k, v in raw.items() if k != "prompt"}}
-    unknown = {name: value for name, value in raw.items() if name not in _PROMPT_FIELDS}
-    known = {name: value for name, value in raw.items() if name in _PROMPT_FIELDS}
-    if unknown:
-        given = known.get("metadata")
-        known["metadata"] = {**unknown, **(given if isinstance(given, dict) else {})}
-    return known
-
-
-def collect(
-    client: Client, prompts: Sequence[Any], asked: Asked, out: Path, *, per_call: int
-) -> dict[str, int]:
-    """Have what is missing in `out` answered; counts of prompts: all, there before, failed.
-
-    A prompt that fails is told and not written, so that a later call asks again. A server that
-    goes away is waited for. Raises EadError.
-    """
-    answers = _Lines(out) if out.suffix == ".jsonl" else _Folder(out)
-    answers.check_settings(asked, prompts)
-    done = answers.done()
-    missing = [index for index in range(len(prompts)) if index not in done]
-    bar = Progress(
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    failed = 0
-    with bar:
-        task = bar.add_task("prompts", total=len(prompts), completed=len(done))
-        for index, group in _answered(client, prompts, missing, asked, per_call, bar):
-            error = group.error or next((a.error for a in group.answers if a.error), None)
-            if error is None:
-                answers.write(index, group)
-            else:
-                failed += 1
-                bar.console.print(f"prompt {index}: {error['message']}")
-            bar.advance(task)
-    return {"prompts": len(prompts), "answered_before": len(done), "failed": failed}
-
-
-def _answered(
-    client: Client,
-    prompts: Sequence[Any],
-    missing: list[int],
-    asked: Asked,
-    per_call: int,
-    bar: Progress,
-) -> Iterator[tuple[int, Group]]:
-    """The group of each missing prompt, as they complete, with the prompt's index."""
-    left = list(missing)
-    patient_until = time.monotonic() + _PATIENCE_S
-    while left:
-        now = left[:per_call]
-        try:
-            for group in client.stream_rollouts(
-                [prompts[index] for index in now],
-                n=asked.n,
-                annealing=asked.annealing,
-                entropies=asked.entropies,
-                **asked.sampling_params,
-            ):
-                left.remove(now[group.index])
-                patient_until = time.monotonic() + _PATIENCE_S
-                yield now[group.index], group
-        except (ConnectionFailed, ServerUnavailable, TimedOut) as error:
-            if time.monotonic() > patient_until:
-                raise
-            bar.console.print(f"{error}; trying again")
-            time.sleep(2.0)
-
-
-# --- where answers go --------------------------------------------------------------------------
-
-
-class _Answers:
-    """What both forms share."""
+class Answers:
+    """What both forms share. Use as a context manager: it is one call's at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._settings = path.with_name(f"{path.name}.settings.json")
+        self._file = path.with_name(f"{path.name}.settings.json")
+        self._settings: dict[str, Any] = {}
+        self._lock: IO[bytes] | None = None
 
-    def check_settings(self, asked: Asked, prompts: Sequence[Any]) -> None:
-        """Raises EadError when what is there was asked otherwise."""
-        text = orjson.dumps(list(prompts))
-        settings = {**asdict(asked), "prompts_sha256": hashlib.sha256(text).hexdigest()}
-        if not self._settings.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.done():
+    def open(self, asked: Mapping[str, Any], prompts: int) -> set[int]:
+        """Which of so many prompts are answered already. Raises EadError when what is there was
+        asked otherwise, is not ours, or is being written by somebody else."""
+        if self._file.exists():
+            before = _our_settings(self._file)
+            for name in asked:
+                self._check(name, before.get(name), asked[name])
+            self._settings = before
+        else:
+            if self._holds_something():
                 raise EadError(f"{self.path} exists, and nothing says what was asked; choose anew")
-            self._settings.write_text(json.dumps(settings, indent=1))
-            return
-        before = json.loads(self._settings.read_text())
-        for name in {*before, *settings}:
-            if before.get(name) != settings.get(name):
-                raise EadError(
-                    f"{self.path} has answers with another {name}: "
-                    f"{before.get(name)!r:.100}, not {settings.get(name)!r:.100}"
-                )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._settings = dict(asked)
+            self._save()
+        self._take_lock()
+        return self._done(prompts)
 
-    def done(self) -> set[int]:
+    def check_served(self, served: Mapping[str, Any]) -> str | None:
+        """Raises EadError when the answers before are another model's; returns what is worth saying
+        of other servers."""
+        before = {name: self._settings.get(name) for name in served}
+        for name in ("model", "weight_version"):
+            if before.get(name) is not None and served.get(name) is not None:
+                self._check(name, before[name], served[name])
+        self._settings |= {k: v for k, v in served.items() if v is not None}
+        self._save()
+        self._take_lock()  # of the file that is there now
+        servers: list[str] | None = before.get("servers")
+        if servers is None or servers == served.get("servers"):
+            return None
+        return f"the answers before came from {', '.join(servers)}"
+
+    def _check(self, name: str, before: Any, now: Any) -> None:
+        if before != now:
+            raise EadError(
+                f"{self.path.name} has answers with another {name}: "
+                f"{before!r:.100}, not {now!r:.100}"
+            )
+
+    def _save(self) -> None:
+        """Whole or not at all."""
+        partial = self._file.with_name(f"{self._file.name}.partial")
+        partial.write_bytes(to_json(self._settings, "settings"))
+        partial.rename(self._file)
+
+    def _take_lock(self) -> None:
+        lock = self._file.open("rb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise EadError(f"another ead rollout is writing to {self.path}") from None
+        self.close()
+        self._lock = lock
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _holds_something(self) -> bool:
+        raise NotImplementedError
+
+    def _done(self, prompts: int) -> set[int]:
         raise NotImplementedError
 
     def write(self, index: int, group: Group) -> None:
         raise NotImplementedError
 
 
-class _Lines(_Answers):
+def _our_settings(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(file.read_bytes())
+        if isinstance(found, dict) and "prompts_sha256" in found:
+            return found
+    raise EadError(f"{file} does not say what ead rollout asked; choose another --out")
+
+
+class Lines(Answers):
     """A line of JSON per prompt."""
 
-    def done(self) -> set[int]:
-        """Of whole lines; a last one that was cut off is dropped."""
+    def _holds_something(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size > 0
+
+    def _done(self, prompts: int) -> set[int]:
+        """Of whole lines; a last one that was cut off is dropped, once all others are known as
+        ours."""
         if not self.path.exists():
             return set()
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
+        done, end, last = set(), 0, b""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                index = _index_of(line, prompts)
+                if index is not None:
+                    done.add(index)
+                elif line.endswith(b"\n") or not (
+                    line.startswith(_BEGIN) or _BEGIN.startswith(line)
+                ):
+                    raise EadError(
+                        f"{self.path}:{number} is not of ead rollout; nothing is changed"
+                    )
+                if index is not None or line.endswith(b"\n"):
+                    end, last = end + len(line), line
+        if end < self.path.stat().st_size:
             with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        return {orjson.loads(line)["index"] for line in whole.splitlines()}
+                file.truncate(end)
+        if last and not last.endswith(b"\n"):  # all of a line but its end
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+        return done
 
     def write(self, index: int, group: Group) -> None:
         line = {
             "index": index,
             "metadata": group.metadata,
             "prompt_token_ids": group.prompt_token_ids,
-            "answers": [a.model_dump(exclude={"tokens", "error"}) for a in group.answers],
+            "answers": [
+                a.model_dump(exclude={"tokens", "error", "reasoning"}) for a in group.answers
+            ],
         }
         with self.path.open("ab") as file:
             file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
-class _Folder(_Answers):
+def _index_of(line: bytes, prompts: int) -> int | None:
+    """Of a line of ours."""
+    with contextlib.suppress(ValueError, RecursionError):
+        entry = orjson.loads(line)
+        if isinstance(entry, dict) and isinstance(entry.get("answers"), list):
+            index = entry.get("index")
+            if type(index) is int and 0 <= index < prompts:
+                return index
+    return None
+
+
+class Folder(Answers):
     """A safetensors file per prompt, as the server sent it."""
 
-    def done(self) -> set[int]:
-        return {int(file.stem) for file in self.path.glob("*.safetensors")}
+    def _holds_something(self) -> bool:
+        return self.path.exists() and any(self.path.iterdir())
+
+    def _done(self, prompts: int) -> set[int]:
+        """Files with other names are somebody else's, and stay."""
+        if not self.path.exists():
+            return set()
+        done = set()
+        for file in self.path.iterdir():
+            named = _NAME.fullmatch(file.name)
+            if named is None:
+                continue
+            index = int(named[1])
+            if index >= prompts or not _is_ours(file):
+                raise EadError(f"{file} is not of this ead rollout; nothing is changed")
+            done.add(index)
+        return done
 
     def write(self, index: int, group: Group) -> None:
         self.path.mkdir(exist_ok=True)
@@ -209,3 +211,17 @@ class _Folder(_Answers):
         assert group.packed is not None
         partial.write_bytes(group.packed)
         partial.rename(self.path / f"{index:06d}.safetensors")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether it is a whole file with what is said of a group; its numbers are not read."""
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError), file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        size = file.stat().st_size
+        if length > size:
+            return False
+        arrays = json.loads(f.read(length))
+        arrays.pop("__metadata__", None)
+        end = max(array["data_offsets"][1] for array in arrays.values())
+        return {"json", "offsets", "prompt_offsets"} <= {*arrays} and 8 + length + end == size
+    return False

@@ -144,8 +144,8 @@ def read_preview(
     annealing: Annotated[str, Query(description="a schedule, as JSON", max_length=20_000)] = "{}",
     step: Annotated[
         list[Annotated[int, Field(ge=0, le=MAX_STEP)]],
-        Query(description="training steps", max_length=16),
-    ] = [0],  # noqa: B006  (FastAPI copies it)
+        Query(description="training steps; none: the schedule's own, or 0", max_length=16),
+    ] = [],  # noqa: B006  (FastAPI copies it)
     length: Annotated[int, Query(ge=1, le=100_000, description="tokens")] = 512,
     entropy: Annotated[
         float, Query(ge=0, le=20, description="nats, of every next token, where it matters")

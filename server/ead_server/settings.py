@@ -59,7 +59,7 @@ def read_key(value: str | None, file: str | Path | None) -> str | None:
     """A secret that was given itself, or in a file. Raises OSError."""
     if value or not file:
         return value or None  # an empty variable is none
-    return Path(file).read_text().strip()
+    return Path(file).read_text(encoding="utf-8-sig").strip()
 
 
 def current() -> Settings | None:

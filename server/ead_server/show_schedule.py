@@ -46,12 +46,15 @@ def _parsed(text: str) -> dict[str, Any]:
 def curves(
     schedules: Sequence[str], steps: Sequence[int], length: int, entropy: float
 ) -> dict[str, list[float]]:
-    """The temperatures of each schedule at each step, under a name for people."""
+    """The temperatures of each schedule at each step, under a name for people.
+
+    steps: none: each schedule's own, or 0.
+    """
     found = {}
     for text in schedules:
         schedule = parse_annealing(parsed(text))
         for step, taus in preview.temperatures(schedule, steps, length, entropy).items():
-            found[text if len(steps) == 1 else f"{text}, step {step}"] = taus
+            found[text if len(steps) <= 1 else f"{text}, step {step}"] = taus
     return found
 
 
@@ -66,7 +69,7 @@ def show(found: Curves, *, as_table: bool, as_json: bool, out: Path | None) -> N
     elif as_json:
         print(json.dumps({"temperatures": found}))
     elif as_table or not sys.stdout.isatty():
-        Console(soft_wrap=True).print(_table(found))
+        Console(soft_wrap=True, markup=False, emoji=False).print(_table(found))
     else:
         _plot(found)
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from ead_client import Client, ConnectionFailed
+from ead_client import Client, ConnectionFailed, EadError, ServerUnavailable
 from ead_sampler import device
+from ead_sampler.defaults import DEFAULT_ANNEALING
 from ead_server import models
 from ead_server.process import ServerProcess
 from ead_server.settings import read_key
@@ -42,18 +43,20 @@ class WaitedFor:
         """Return when it takes requests, or would if it had whole weights. Raises
         ConnectionFailed when that is not so in time."""
         deadline = time.monotonic() + self.patience_s
-        while True:
-            try:
-                answer = httpx.get(f"{self.client.base_url}/health/ready", timeout=5)
-                if answer.status_code == 200 or "weights" in answer.json().get("status", ""):
+        with Client(self.client.base_url, timeout=5.0, retries=0) as client:
+            while True:
+                try:
+                    client.request("GET", "/health/ready")
                     return
-            except (httpx.HTTPError, ValueError):
-                pass  # not there yet, or not a server of ours yet
-            if time.monotonic() > deadline:
-                raise ConnectionFailed(
-                    f"{self.client.base_url} was not ready in {self.patience_s:.0f} s"
-                )
-            time.sleep(0.5)
+                except EadError as error:
+                    # else it is not there yet, or not a server of ours yet
+                    if isinstance(error, ServerUnavailable) and "weights" in error.message:
+                        return
+                    if time.monotonic() > deadline:
+                        raise ConnectionFailed(
+                            f"{client.base_url} was not ready in {self.patience_s:.0f} s: {error}"
+                        ) from error
+                time.sleep(0.5)
 
 
 @contextmanager
@@ -75,10 +78,15 @@ def server_for(
     # float32, since a trainer's steps are smaller than bfloat16 resolves
     arguments = ["--model-path", model, "--dtype", "float32", "--weights-root", str(folder)]
     log = folder / "server.log"
-    with ServerProcess([*arguments, *config.arguments], log, command=_COMMAND) as process:
+    arguments += config.arguments
+    # a run says itself what it samples with
+    environ = {DEFAULT_ANNEALING: ""}
+    with ServerProcess(arguments, log, command=_COMMAND, environ=environ) as process:
         say(f"starting a server, log in {log}")
         process.wait_until_ready(config.patience_s)
-        with Client(process.url, admin_api_key=process.admin_api_key) as client:
+        with Client(
+            process.url, api_key=process.api_key, admin_api_key=process.admin_api_key
+        ) as client:
             yield WaitedFor(client, config.patience_s)
 
 
@@ -98,7 +106,7 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
     config = _with_model(read_config(arguments))
     folder.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # ours is enough
-    with Display(Console(), config.steps) as display:
+    with Display(_console(), config.steps) as display:
         if int(os.environ.get("RANK", "0")) != 0:
             train(config, folder, None, display, resume=resume)
             return
@@ -108,16 +116,18 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
 
 def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None:
     """`ead eval`: see there. Everything but the result goes to stderr."""
-    config = _with_model(read_config(arguments))
+    config = read_config(arguments)
+    if config.server.url is None:  # else the model is that server's
+        config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
     task = config.task.build()
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     with (
         server_for(config.server, config.model.path, folder, console.print) as server,
         RewardRunner(task.reward, config.reward) as rewards,
         Progress(console=console, disable=not console.is_terminal, transient=True) as bar,
     ):
-        shown = bar.add_task(f"problems of {task.name}")
+        shown = bar.add_task(escape(f"problems of {task.name}"))
         result = evaluate(
             server.client,
             task,
@@ -131,7 +141,7 @@ def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None
     table = Table("", "value", "interval", title=f"{result.task}, {result.problems} problems")
     for name, found in result.estimates.items():
         table.add_row(name, f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}")
-    out = Console()
+    out = _console()
     out.print(table)
     out.print(
         f"decoding {json.dumps(result.decoding)}; weights {', '.join(result.weight_versions)}; "
@@ -140,6 +150,11 @@ def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Prints what it is given: names, errors and settings are no markup."""
+    return Console(stderr=stderr, markup=False, emoji=False)
 
 
 def _with_model(config: TrainConfig) -> TrainConfig:

@@ -14,7 +14,7 @@ from ead_client import Rollout
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     """The JSON events of a streamed answer, without its end mark."""
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n") if line]
     return [json.loads(line) for line in lines if line not in ("[DONE]",)]
 
 
