@@ -341,3 +341,12 @@ def test_a_name_that_is_no_task_is_refused() -> None:
         TaskConfig(kind="no_such_module:Task").build()
     with pytest.raises(AttributeError):
         TaskConfig(kind="test_tasks:Nothing").build()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file_of_problems(tmp_path: Path) -> None:
+    train, kept = tmp_path / "train.jsonl", tmp_path / "kept.jsonl"
+    train.write_text('\ufeff{"problem": "a\u2028b", "answer": 1}\n')
+    kept.write_text('\ufeff{"problem": "c", "answer": 2}\n')
+    task = MathFile(path=train, eval_path=kept)
+    assert "a\u2028b" in task.problem(0).messages[-1]["content"]
+    assert "c" in task.problem(0, "eval").messages[-1]["content"]

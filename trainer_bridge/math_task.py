@@ -104,7 +104,7 @@ def _math_rows(
 @lru_cache(maxsize=4)
 def _read(path: Path) -> tuple[tuple[str, str], ...]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
