@@ -76,6 +76,14 @@ def test_pass_and_worst_at_k_are_scipy_s_hypergeometric_probabilities(
     assert worst_at_k(rewards, k)[0] == pytest.approx(drawn.pmf(k), abs=1e-9)
 
 
+@given(st.integers(1, 64), st.data())
+def test_what_is_always_solved_is_exactly_one(n: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, n))
+    ones = np.ones((1, n))
+    assert pass_at_k(ones, k)[0] == worst_at_k(ones, k)[0] == 1.0
+    assert pass_at_k(ones * 0, k)[0] == worst_at_k(ones * 0, k)[0] == 0.0
+
+
 def test_estimates_from_n_answers_are_unbiased_for_k_draws_of_the_policy() -> None:
     """By enumeration of all sequences of 5 answers of a policy of three answers."""
     policy = {"a": 0.5, "b": 0.3, None: 0.2}

@@ -20,6 +20,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainer_bridge.errors import RewardFunctionUnusable
@@ -86,7 +87,18 @@ def behave(problem: Any, answer: str) -> Any:
         re.match(r"(a+)+$", "a" * 64 + "b")  # never gives the interpreter's lock back
     if answer == "take all memory":
         bytearray(2**40)
-    values = {"nan": float("nan"), "inf": float("-inf"), "none": None, "text": "1.0", "list": [1.0]}
+    if answer.startswith("numpy "):
+        return eval(answer[6:], {"np": np})
+    values = {
+        "huge": 1e300,
+        "large": -1e20,
+        "number": 1e14,
+        "nan": float("nan"),
+        "inf": float("-inf"),
+        "none": None,
+        "text": "1.0",
+        "list": [1.0],
+    }
     return values.get(answer, 1.0)
 
 
@@ -94,6 +106,23 @@ def behave_all(problems: Sequence[Any], answers: Sequence[str]) -> list[Any]:
     if "one too few" in answers:
         return [1.0] * (len(answers) - 1)
     return [behave(problem, answer) for problem, answer in zip(problems, answers, strict=True)]
+
+
+def behave_in_a_shape(problems: Sequence[Any], answers: Sequence[str]) -> Any:
+    """All rewards are 1, in what the first answer says."""
+    shapes: dict[str, Any] = {
+        "mapping": dict.fromkeys([1.0, 2.0], "by answer"),
+        "keys": {1.0: "a", 2.0: "b"}.keys(),
+        "set": {1.0, 2.0},
+        "text": "11",
+        "bytes": b"11",
+        "table": np.ones((2, 2)),
+        "scalar": np.array(1.0),
+        "iterator": iter([1.0, 1.0]),
+        "array": np.ones(2),
+        "values": {"a": 1.0, "b": 1.0}.values(),
+    }
+    return shapes[answers[0]]
 
 
 async def behave_later(problem: Any, answer: str) -> Any:
@@ -181,6 +210,13 @@ def plain() -> Any:
         ("none", "not_finite", "None is not a finite number"),
         ("text", "not_finite", "'1.0' is not a finite number"),
         ("list", "not_finite", r"\[1.0\] is not a finite number"),
+        ("huge", "not_finite", r"1e\+300 is not finite in float32"),
+        ("large", "not_finite", r"-1e\+20 is not finite in float32"),
+        ("numpy np.str_('3.0')", "not_finite", r".*'3.0'.* is not a finite number"),
+        ("numpy np.bytes_(b'3.0')", "not_finite", r".*'3.0'.* is not a finite number"),
+        ("numpy np.array('3.0')", "not_finite", r"array\('3.0'.* is not a finite number"),
+        ("numpy np.array('3.0', dtype=object)", "not_finite", r"array\('3.0'.* is not a finite"),
+        ("numpy np.timedelta64(3)", "not_finite", ".* is not a finite number"),
     ],
 )
 def test_a_failure_is_typed_and_costs_that_answer_alone(
@@ -191,6 +227,11 @@ def test_a_failure_is_typed_and_costs_that_answer_alone(
     assert failure.kind == kind
     assert re.match(message, failure.message), failure.message
     assert (first, last) == (1.0, 1.0)
+
+
+def test_numbers_of_every_kind_are_rewards(plain: RewardRunner) -> None:
+    numbers = ["number", "numpy np.float32(0.5)", "numpy np.int64(2)", "numpy np.bool_(True)"]
+    assert score(plain, None, [*numbers, "numpy np.array(3)"]) == [1e14, 0.5, 2.0, 1.0, 3.0]
 
 
 def test_many_crashes_in_a_row_are_all_told_and_the_rest_is_scored(plain: RewardRunner) -> None:
@@ -212,6 +253,15 @@ def test_a_failed_batch_costs_the_answers_of_its_call() -> None:
         assert kinds(score(runner, None, ["nan", "good"])) == ["not_finite", 1.0]
         few = score(runner, None, ["one too few", "good"])[0]
         assert few == RewardFailure("wrong_count", "1 rewards for 2 answers")
+
+
+def test_a_batch_of_rewards_that_has_no_order_is_a_failure() -> None:
+    """Of a mapping, the keys would be taken for rewards; of a table, the columns."""
+    with RewardRunner(Batched(behave_in_a_shape, size=2), RewardConfig(workers=1)) as runner:
+        for shape in ("mapping", "keys", "set", "text", "bytes", "table", "scalar"):
+            assert kinds(score(runner, None, [shape, ""])) == ["not_finite"] * 2, shape
+        for shape in ("iterator", "array", "values"):
+            assert score(runner, None, [shape, ""]) == [1.0, 1.0], shape
 
 
 def test_a_coroutine_that_hangs_times_out_alone_and_one_that_blocks_is_ended() -> None:
@@ -344,6 +394,50 @@ def wait_for_end(pid: int) -> None:
         return
     assert select.select([end], [], [], PATIENCE_S)[0], f"process {pid} is still there"
     os.close(end)
+
+
+UNGUARDED = """
+from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.rewards import RewardConfig
+
+def reward(problem, answer):
+    return 1.0
+
+RewardRunner(reward, RewardConfig(workers=1, start_timeout_s=3600))
+"""
+LIMITED = """
+import resource
+from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.rewards import RewardConfig
+
+def reward(problem, answer):
+    return float(resource.getrlimit(resource.RLIMIT_AS)[1] // 2**20)
+
+if __name__ == "__main__":
+    for limits in ((4 * 2**30, 4 * 2**30), (3 * 2**30, 4 * 2**30)):
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        with RewardRunner(reward, RewardConfig(workers=1, max_memory_gib=8)) as runner:
+            print(runner.submit(None, ["a"]).result(60))
+"""
+
+
+def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(text)
+    command = [sys.executable, str(folder / "script.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def test_a_script_without_a_main_guard_is_told_so_at_once(tmp_path: Path) -> None:
+    """Not after start_timeout_s, in which its worker waited for a worker of its own."""
+    ended = run_script(tmp_path, UNGUARDED)
+    assert ended.returncode == 1
+    assert 'except what stands under `if __name__ == "__main__":`' in ended.stderr
+
+
+def test_a_limit_of_memory_that_is_lower_already_is_kept(tmp_path: Path) -> None:
+    """As `ulimit -v` sets it: raising it is not allowed, and ended the workers."""
+    ended = run_script(tmp_path, LIMITED)
+    assert ended.stdout.split() == ["[4096.0]", "[3072.0]"], ended.stderr
 
 
 # --- what cannot be run --------------------------------------------------------------------------

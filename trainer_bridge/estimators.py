@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 from math import comb, nan
 
 import numpy as np
@@ -34,7 +35,7 @@ def pass_at_k(rewards: Floats, k: int, *, solved_at: float = 1.0) -> Floats:
 
 def _pass(solved: NDArray[np.bool_], k: int) -> float:
     n, c = len(solved), int(solved.sum())
-    return 1.0 - comb(n - c, k) / comb(n, k) if n >= k else nan
+    return (comb(n, k) - comb(n - c, k)) / comb(n, k) if n >= k else nan
 
 
 def worst_at_k(rewards: Floats, k: int) -> Floats:
@@ -49,7 +50,9 @@ def _worst(ascending: Floats, k: int) -> float:
     n = len(ascending)
     if n < k:
         return nan
-    return float(ascending @ [comb(n - 1 - i, k - 1) / comb(n, k) for i in range(n)])
+    # rounded once, at the end: of rewards that are all 1, the sum is 1 and not a bit less
+    terms = (Fraction(float(r)) * comb(n - 1 - i, k - 1) for i, r in enumerate(ascending))
+    return float(sum(terms, Fraction(0)) / comb(n, k))
 
 
 def maj_at_k(rewards: Floats, votes: Sequence[Sequence[str | None]], k: int) -> Floats:

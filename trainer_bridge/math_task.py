@@ -1,18 +1,16 @@
-"""A file of mathematics as a task, its answers compared by math-verify."""
+"""A file of mathematics as a task."""
 
 from __future__ import annotations
 
 import json
-import logging
 import random
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, model_validator
 
+from trainer_bridge import math_equal, math_final
 from trainer_bridge.tasks import Chat, Messages, Split, split_of, stable_hash
 
 
@@ -63,24 +61,23 @@ class MathFile(Chat):
         return MathProblem(self.ask(question), answer)
 
     def reward(self, problem: MathProblem, answer: str) -> float:
-        """1.0 when math-verify finds the answer equal to the reference, else 0.0.
+        """1.0 when the final answer is equal to the reference, else 0.0; see math_equal.
 
-        It may take for ever: the reward runner's timeout is the one that counts, since
-        math-verify's own needs signals of the main thread, and would turn into a reward of 0.
+        It may take for ever: the reward runner's timeout is the one that counts.
         """
-        parse, verify = _math_verify()
-        # without \boxed, only the first number of "3\sqrt{2}" would be found
-        reference = parse(f"\\boxed{{{problem.answer}}}", parsing_timeout=None)
-        if not reference:
-            raise ValueError(f"math-verify cannot read the reference answer {problem.answer!r}")
-        found = parse(answer, parsing_timeout=None)
-        return float(verify(reference, found, timeout_seconds=None))
+        if not math_equal.readable(problem.answer):
+            raise ValueError(f"cannot read the reference answer {problem.answer!r}")
+        found = math_final.final_answer(answer)
+        return float(found is not None and math_equal.equal(problem.answer, found))
 
     def final_answer(self, answer: str) -> str | None:
-        """The content of the last \\boxed{}, else the last number, without spaces. In votes only
-        equal texts agree: 1/2 and 0.5 do not."""
-        found = _boxed(answer) or next(reversed(re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)), None)
-        return re.sub(r"\s", "", found) if found else None
+        """What votes, without spaces: the final answer, else the last box that is closed, else the
+        last number. Only equal texts agree: 1/2 and 0.5 do not."""
+        spoken = math_final.without_thinking(answer)
+        if spoken is None:
+            return None
+        found = math_final.last_box(spoken) or math_final.last_number(spoken)
+        return "".join(found.split()) if found else None
 
     def _rows(self, split: Split) -> tuple[tuple[str, str], ...]:
         return _math_rows(self.path, self.eval_path, self.eval_share, split)
@@ -122,22 +119,3 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     """The numbers below `count`, shuffled by what Python promises never to change."""
     generator = random.Random(stable_hash("order", seed, epoch))
     return sorted(range(count), key=lambda _: generator.random())
-
-
-def _boxed(answer: str) -> str | None:
-    """What stands in the braces of the last complete \\boxed{}."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", answer)]):
-        depth = 1
-        for end in range(start, len(answer)):
-            depth += {"{": 1, "}": -1}.get(answer[end], 0)
-            if depth == 0:
-                return answer[start:end]
-    return None
-
-
-@lru_cache(maxsize=1)
-def _math_verify() -> tuple[Any, Any]:
-    import math_verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # that there is no timeout, we know
-    return math_verify.parse, math_verify.verify

@@ -243,17 +243,21 @@ class _Worker:
         self._process = context.Process(target=work, args=(theirs, self._reward, self._config))
         try:
             self._process.start()
-            theirs.close()
-            _, said = self.receive(time.monotonic() + self._config.start_timeout_s)
-        except OSError as error:  # no memory, no file descriptors
+        except (OSError, RuntimeError) as error:  # no memory, no file descriptors, no main guard
             self._process = None
             raise RewardFunctionUnusable(f"cannot start a worker: {error}") from error
+        theirs.close()
+        try:
+            _, said = self.receive(time.monotonic() + self._config.start_timeout_s)
         except _Late:
             self.end()
             limit = f"{self._config.start_timeout_s:g} s"
             raise RewardFunctionUnusable(f"the worker was not ready after {limit}") from None
         except _Died:
-            raise RewardFunctionUnusable(f"while loading it, {self.end(patience_s=1.0)}") from None
+            raise RewardFunctionUnusable(
+                f"while loading it, {self.end(patience_s=1.0)}; a worker runs the script that "
+                'started it again, except what stands under `if __name__ == "__main__":`'
+            ) from None
         if isinstance(said, RewardFailure):
             self.end()
             raise RewardFunctionUnusable(f"the worker cannot load it: {said.message}")

@@ -30,7 +30,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from pydantic import Field
 
 from trainer_bridge.settings import Settings
 
+_LARGEST = 1e15  # of a reward; its square is far from the largest float32, 3e38
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -107,7 +108,6 @@ def timed_out(timeout_s: float) -> RewardFailure:
 
 def work(connection: Connection, pickled: bytes, config: RewardConfig) -> None:
     """A worker's life: load the function, then score what comes until the trainer is gone."""
-    _set_apart(config.max_memory_gib)
 
     def say(index: int, outcome: Outcome) -> None:
         said: Any = outcome
@@ -116,6 +116,7 @@ def work(connection: Connection, pickled: bytes, config: RewardConfig) -> None:
         connection.send_bytes(json.dumps([index, said]).encode())
 
     try:
+        _set_apart(config.max_memory_gib)
         reward: RewardFunction = pickle.loads(pickled)
     except BaseException as error:
         return say(0, _raised(error))
@@ -149,7 +150,9 @@ def _set_apart(max_memory_gib: float | None) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash costs an answer, not the disk
     if max_memory_gib is not None:
-        limit = int(max_memory_gib * 2**30)
+        set_before = resource.getrlimit(resource.RLIMIT_AS)  # by `ulimit -v`, for example
+        wanted = int(max_memory_gib * 2**30)
+        limit = min([wanted, *(old for old in set_before if old != resource.RLIM_INFINITY)])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -163,7 +166,11 @@ def _score_one(function: Callable[[Any, str], float], problem: bytes, answer: st
 def _score_batch(reward: Batched, calls: list[tuple[bytes, str]]) -> list[Outcome]:
     try:
         problems = [pickle.loads(problem) for problem, _ in calls]
-        rewards = list(reward.function(problems, [answer for _, answer in calls]))
+        returned = reward.function(problems, [answer for _, answer in calls])
+        if isinstance(returned, Mapping | Set | str | bytes) or getattr(returned, "ndim", 1) != 1:
+            message = f"a {type(returned).__name__} is no sequence of rewards: {returned!r:.200}"
+            return [RewardFailure("not_finite", message)] * len(calls)
+        rewards = list(returned)
         if len(rewards) != len(calls):
             message = f"{len(rewards)} rewards for {len(calls)} answers"
             return [RewardFailure("wrong_count", message)] * len(calls)
@@ -192,9 +199,19 @@ async def _score_together(
 
 def _checked(value: Any) -> Outcome:
     """The value as a finite float: of Python, numpy or torch, but never a text."""
-    if hasattr(type(value), "__float__") and math.isfinite(number := float(value)):
-        return number
-    return RewardFailure("not_finite", f"{value!r:.200} is not a finite number")
+    # numpy's texts have a __float__ that reads them
+    text = isinstance(value, str | bytes) or _numpy_kind(value) not in "biuf"
+    if text or not hasattr(type(value), "__float__") or not math.isfinite(number := float(value)):
+        return RewardFailure("not_finite", f"{value!r:.200} is not a finite number")
+    if abs(number) > _LARGEST:
+        message = f"{value!r:.200} is not finite in float32, squared and summed over a batch"
+        return RewardFailure("not_finite", message)
+    return number
+
+
+def _numpy_kind(value: Any) -> str:
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    return kind if isinstance(kind, str) else "f"
 
 
 def _raised(error: BaseException) -> RewardFailure:
