@@ -130,6 +130,8 @@ def tried(case: Case, server: ServerProcess, model: Path) -> Row:
         gone = time.monotonic() - moment
         left = tuple(" ".join(p.cmdline())[:60] or "?" for p in running(family))
         if case.process in REPLACED:
+            if case.state == "paused":  # the engine stands still, whoever answers for it
+                wait_for(lambda: ask(server, {}, "/continue_generation") == "200", 120)
             wait_for(lambda: ask(server) == "200", 120)  # by another, or by its successor
             status = server.process.poll()
         else:

@@ -185,6 +185,8 @@ def memory(model: Path, folder: Path, options: argparse.Namespace, console: Cons
                     "after": resident(server),
                 }
             )
+            grown = ", ".join(f"{name} {size >> 20} MiB" for name, size in grew(found[-1]).items())
+            console.print(f"{', '.join(kinds)}: {counts.total():,} requests; grew: {grown}")
     return found
 
 
