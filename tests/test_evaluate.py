@@ -181,6 +181,20 @@ def test_answers_without_reward_are_counted_by_kind_and_never_scored(
     assert got.estimates["mean@4"].value == pytest.approx(np.mean(scores))
 
 
+def test_a_schedule_gets_the_training_step_unless_it_names_one(rewards: RewardRunner) -> None:
+    class Asked:
+        def stream_rollouts(self, prompts: Any, *, annealing: Any, **_: Any) -> Iterator[Group]:
+            asked.append(annealing)
+            return iter(())
+
+    asked: list[Any] = []
+    client: Any = Asked()
+    for annealing in (SCHEDULE, {**SCHEDULE, "step": 3}):
+        config = EvaluationConfig(problems=2, n=2, annealing=annealing)
+        evaluate(client, Letters(), rewards, config, step=7)
+    assert [annealing["step"] for annealing in asked] == [7, 3]
+
+
 def test_a_schedule_and_a_temperature_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="leave `temperature` at 1"):
         EvaluationConfig(annealing=SCHEDULE, temperature=0.5)

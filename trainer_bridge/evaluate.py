@@ -84,11 +84,13 @@ def evaluate(
     rewards: RewardRunner,
     config: EvaluationConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    step: int | None = None,
 ) -> Evaluation:
     """Ask the first held-out problems and score the answers while others are generated.
 
     rewards: runs `task.reward`. progress: called with the number of problems that are answered, and
-    of all. maj@k is reported for tasks that say what votes, see Task. Raises the client's errors;
+    of all. step: the training step, for a schedule that names none. maj@k is reported for tasks that say what votes, see Task. Raises the client's errors;
     what fails for a single answer is counted.
     """
     problems = list(_held_out(task, config.problems))
@@ -98,7 +100,7 @@ def evaluate(
     failures: Counter[str] = Counter()
     scored: list[Rollout] = []
     waiting: list[tuple[int, list[Choice], Future[list[Outcome]]]] = []
-    for position, group in _answers(client, problems, config):
+    for position, group in _answers(client, problems, config, step):
         answers = [choice for choice in group.answers if _usable(choice)]
         failures["generation"] += config.n - len(answers)
         texts = [choice.text for choice in answers]
@@ -139,7 +141,7 @@ def _held_out(task: Task, count: int) -> Iterator[Problem]:
 
 
 def _answers(
-    client: Client, problems: Sequence[Problem], config: EvaluationConfig
+    client: Client, problems: Sequence[Problem], config: EvaluationConfig, step: int | None
 ) -> Iterator[tuple[int, Group]]:
     """Each group with its problem's position, as it completes."""
     sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
@@ -149,6 +151,8 @@ def _answers(
     elif annealing is None:
         # said as a schedule, so that no default schedule of the server comes in its place
         annealing = {"schedule": "constant", "tau": config.temperature}
+    elif step is not None:  # else the server's own count of updates would come in its place
+        annealing = {"step": step, **annealing}
     size = max(1, config.answers_per_request // config.n)
     for start in range(0, len(problems), size):
         prompts = [list(problem.messages) for problem in problems[start : start + size]]

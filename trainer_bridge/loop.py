@@ -328,8 +328,13 @@ class Leader:
             self.tell(step, {**self._begun.untold, "checkpoint/failed": 0.0})
 
     def _evaluate(self) -> dict[str, float]:
-        result = evaluate(self.server.client, self.task, self.runner, self.config.evaluation)
-        return {f"eval/{name}": found.value for name, found in result.estimates.items()}
+        config, step = self.config.evaluation, self._published
+        result = evaluate(self.server.client, self.task, self.runner, config, step=step)
+        wanted = self.versions.name(step)
+        if others := set(result.weight_versions) - {wanted}:
+            raise StaleRollout(f"evaluating {wanted}, answers came from {', '.join(others)}")
+        metrics = {f"eval/{name}": found.value for name, found in result.estimates.items()}
+        return metrics | {"eval/failed": float(sum(result.failures.values()))}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
