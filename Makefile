@@ -6,9 +6,9 @@ SGLANG := sglang==0.5.23
 READ_BY_TESTS := trl==1.16.0 verl==0.9.1 docker-compose==1.29.2
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test check format fuzz soak mutations bench learn docs clean
+.PHONY: help venv demo test test-fast check format fuzz soak mutations bench learn docs clean
 help:
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 venv: .venv/.ready ## everything into .venv (once)
 .venv/.ready: pyproject.toml requirements-cpu.txt
@@ -38,14 +38,12 @@ venv: .venv/.ready ## everything into .venv (once)
 
 demo: venv ## serve, chat, train, and one picture of it
 	@$(BIN)/ead demo
-
-# those that ask a server leave a core half idle, which the others use meanwhile
 test: export EAD_NO_SKIPS = 1
 test: check .venv/clients/.ready ## format, lint and types, then all tests, most on a real server
-	@nice $(BIN)/python -m pytest -m "not server" >.venv/without-server.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest -m server; asked=$$?; \
-	wait $$beside; other=$$?; cat .venv/without-server.log; \
-	exit $$((asked || other))
+	@$(BIN)/python -m pytest
+
+test-fast: venv ## the tests that need no server: minutes
+	@$(BIN)/python -m pytest -m "not server"
 
 check: venv ## format, lint, types
 	$(BIN)/ruff format --check .

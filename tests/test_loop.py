@@ -139,6 +139,17 @@ def test_it_learns(annealing: str, go: Any, tmp_path: Path) -> None:
     assert stats.mannwhitneyu(last, first, alternative="greater", method="exact").pvalue < 1e-6
 
 
+def test_a_run_is_evaluated_with_the_weights_and_the_clock_of_its_step(
+    go: Any, tmp_path: Path
+) -> None:
+    """Every second step and after the last, beside answers that are generated ahead."""
+    asked = ("evaluation.problems=2", "evaluation.n=2", "evaluation.annealing={preset='paper'}")
+    entries = go("steps=3", "evaluate_every=2", "rollout.staleness=1", *asked)
+    assert [entry["step"] for entry in entries if "eval/failed" in entry] == [1, 2]
+    assert all(entry["eval/failed"] == 0 for entry in entries[1:])
+    assert all("policy/drift" in entry for entry in entries[1:])
+
+
 def test_adapters_are_trained_and_travel_alone(go: Any, client: Client, tmp_path: Path) -> None:
     entries = go("steps=2", "model.lora={rank=4}", "optimizer.learning_rate=0.02")
     whole = go("steps=1", folder=tmp_path / "whole")

@@ -90,8 +90,9 @@ def evaluate(
     """Ask the first held-out problems and score the answers while others are generated.
 
     rewards: runs `task.reward`. progress: called with the number of problems that are answered, and
-    of all. step: the training step, for a schedule that names none. maj@k is reported for tasks that say what votes, see Task. Raises the client's errors;
-    what fails for a single answer is counted.
+    of all. step: the training step, for a schedule that names none. maj@k is reported for tasks
+    that say what votes, see Task. Raises the client's errors; what fails for a single answer is
+    counted.
     """
     problems = list(_held_out(task, config.problems))
     final_answer: Callable[[str], str | None] | None = getattr(task, "final_answer", None)

@@ -28,7 +28,7 @@ from trainer_bridge import checkpoint, ranks
 from trainer_bridge.checkpoint import Progress
 from trainer_bridge.collect import Collected, Collector
 from trainer_bridge.config import TrainConfig
-from trainer_bridge.errors import BadConfig, CheckpointFailed
+from trainer_bridge.errors import BadConfig, CheckpointFailed, StaleRollout
 from trainer_bridge.evaluate import evaluate
 from trainer_bridge.mending import mended
 from trainer_bridge.policy import Policy, load_policy
