@@ -633,3 +633,17 @@ def test_regularised_losses_equal_trls() -> None:
     extra = (weights * regularisation(logprobs, -logprobs, config, reference)).sum()
     theirs = trl_loss(given_, "dapo", beta=0.3, entropy_coef=0.2)
     assert_same(our_loss(given_, config) + extra, theirs, logprobs)
+
+
+@pytest.mark.parametrize("gap", [-30.0, -21.0, -19.9, -5.0, 3.0])
+def test_k3_always_pulls_towards_the_reference(gap: float) -> None:
+    """Case 10: beyond 20 nats the gradient had the other sign. exp(-d) - 1 + d, d < -20: its
+    tangent."""
+    logprob = torch.tensor([gap - 1.0], dtype=torch.float64, requires_grad=True)
+    value = kl_estimate(logprob, torch.tensor([-1.0], dtype=torch.float64), "k3")
+    value.sum().backward()
+    near = max(gap, -20.0)
+    assert logprob.grad is not None
+    assert logprob.grad.item() == pytest.approx(1 - math.exp(-near), rel=1e-9)
+    exact = math.exp(-near) - 1 + near + (gap - near) * (1 - math.exp(-near))
+    assert value.item() == pytest.approx(exact, rel=1e-9)

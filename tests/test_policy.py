@@ -162,3 +162,13 @@ def test_a_tied_weight_has_one_name(tiny_model: Path) -> None:
     model.tie_weights()
     tied = {name for name, _ in Policy(model).named_weights()}
     assert untied - tied == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"], ["embed_tokens"], ["no"]])
+def test_adapters_that_would_not_be_trained_are_refused(
+    targets: list[str], tiny_model: Path
+) -> None:
+    """Case 11."""
+    lora = LoraConfig(rank=4, alpha=8, targets=targets)
+    with pytest.raises(UnsupportedModel, match=r"model.lora.targets"):
+        load_policy(ModelConfig(path=str(tiny_model), lora=lora), "cpu")

@@ -229,7 +229,9 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KlEstimator)
         return difference
     if kind == "k2":
         return difference.square() / 2
-    return (-difference).clamp(max=20.0).exp() - 1 + difference  # e^20: for a finite number
+    # beyond 20 nats the tangent: finite, and still with a slope towards the reference
+    beyond = (-difference - 20.0).clamp(min=0.0)
+    return (-difference).clamp(max=20.0).exp() + math.exp(20.0) * beyond - 1 + difference
 
 
 def kl_penalties(

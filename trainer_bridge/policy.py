@@ -238,15 +238,25 @@ def _with_adapters(model: Any, config: LoraConfig) -> Any:
         import peft
     except ImportError:
         raise UnsupportedModel("model.lora needs: pip install peft") from None
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            target_modules=config.targets,
-            task_type="CAUSAL_LM",
-        ),
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.targets,
+        task_type="CAUSAL_LM",
     )
+    try:
+        adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:  # no such modules, or none that can have adapters
+        raise UnsupportedModel(f"model.lora.targets: {error}") from None
+    base: Any = adapted.get_base_model()
+    for part in ("input", "output"):
+        if hasattr(getattr(base, f"get_{part}_embeddings")(), "base_layer"):
+            raise UnsupportedModel(
+                f"model.lora.targets {config.targets!r}: an adapter on the model's {part} "
+                "embeddings would not be trained, since log-probabilities are computed from their "
+                "own weights; choose modules of the layers"
+            )
+    return adapted
 
 
 @torch.no_grad()
