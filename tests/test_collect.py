@@ -39,6 +39,7 @@ class FormulaServer:
     def __init__(self, aborts: Callable[[], int | None]) -> None:
         self.aborts = aborts
         self.asked: list[dict[str, Any]] = []
+        self.refused: set[int] = set()  # prompts
 
     def _answer(self, index: int, prompt: list[int], prefix: list[int], **asked: Any) -> Choice:
         seed, done = asked.get("sampling_seed") or 0, len(prefix)
@@ -63,6 +64,10 @@ class FormulaServer:
         self.asked.append(asked)
         first = asked.get("sampling_seed")
         for index in range(len(prompts)):
+            if (index + 1) in self.refused:
+                error = {"message": "too long"}
+                yield Group(index=index, error=error, prompt_token_ids=[], answers=[])
+                continue
             answers = []
             for number in range(n):
                 seed = None if first is None else first + index * n + number
@@ -149,6 +154,19 @@ def test_an_answer_that_never_comes_is_failed_and_the_others_are_kept(runners: A
     """A server that aborts everything at once, for ever, ends the step with its counts."""
     with pytest.raises(TooFewRollouts, match="'answers_failed': 4"):
         collect(runners, aborts=lambda: 0, prompts_per_step=1)
+
+
+def test_a_group_that_the_server_refuses_is_counted(runners: Any) -> None:
+    server: Any = FormulaServer(lambda: None)
+    server.refused = {2}
+    settings = RolloutConfig(prompts_per_step=3, samples_per_prompt=4, max_new_tokens=9)
+    tokenizer: Any = Tokenizer()
+    made = Collector(settings, server, Letters(), runners(Letters()), tokenizer, VERSIONS)
+    got = made.collect(0, 0)
+    assert sorted(set(got.answers.group_ids)) == [0, 2]
+    assert got.metrics["rollout/groups"] == 3
+    assert got.metrics["rollout/groups_failed"] == 1
+    assert got.metrics["rollout/answers_failed"] == 4
 
 
 class Ten(Letters):

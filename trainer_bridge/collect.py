@@ -244,6 +244,7 @@ class Collector:
             for group in groups:
                 if group.error is not None:
                     counts["answers_failed"] += size
+                    score(group.index, [])
                     continue
                 seeds: list[int | None] = [None] * size
                 if first_seed is not None:
