@@ -239,11 +239,10 @@ def check_all_steps(raw: dict[str, Any]) -> None:
     if raw.get("step") is not None:
         return
     for step in [0, *(1 << power for power in range(MAX_STEP.bit_length())), MAX_STEP]:
-        if step <= MAX_STEP:
-            try:
-                parse_annealing({**raw, "step": step})
-            except AnnealingError as error:
-                raise AnnealingError(error.field, f"at step {step}: {error.message}") from None
+        try:
+            parse_annealing({**raw, "step": step})
+        except AnnealingError as error:
+            raise AnnealingError(error.field, f"at step {step}: {error.message}") from None
 
 
 def _describe(kind: type[BaseModel], error: Any) -> AnnealingError:

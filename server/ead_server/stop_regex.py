@@ -78,12 +78,12 @@ def check_stops(original: Callable[..., bool], req: Any, new_accepted_len: int =
     """
     params = req.sampling_params
     patterns, max_len = params.stop_regex_strs, params.stop_regex_max_len
-    if not patterns and not (params.stop_strs and params.custom_params):
+    custom = params.custom_params  # a client's own, whatever it is
+    continued = custom.get(CONTINUED) if isinstance(custom, dict) else None
+    if not patterns and not continued:
         return original(req, new_accepted_len)
     num_tokens = min(max(params.stop_str_max_len, max_len) + 1, MAX_TAIL) + new_accepted_len - 1
-    # a string that the vocabulary has as one token may come byte by byte
-    longest = max((len(string.encode()) for string in params.stop_strs), default=0)
-    before = _before(req, min(max(num_tokens, longest), MAX_TAIL) - len(req.output_ids))
+    before = _before(req, continued, num_tokens) if continued else []
     if before and _over_the_seam(req, before, new_accepted_len):
         return True
     params.stop_regex_strs, params.stop_regex_max_len = [], 0
@@ -95,9 +95,11 @@ def check_stops(original: Callable[..., bool], req: Any, new_accepted_len: int =
     return bool(patterns) and _found(req, patterns, before, num_tokens, new_accepted_len)
 
 
-def _before(req: Any, count: int) -> list[int]:
-    """The last tokens, at most so many, of the answer that this request continues."""
-    continued = (req.sampling_params.custom_params or {}).get(CONTINUED)
+def _before(req: Any, continued: object, num_tokens: int) -> list[int]:
+    """The last tokens of the answer that this request continues, as many as still matter."""
+    # a string that the vocabulary has as one token may come byte by byte
+    longest = max((len(string.encode()) for string in req.sampling_params.stop_strs), default=0)
+    count = min(max(num_tokens, longest), MAX_TAIL) - len(req.output_ids)
     if not isinstance(continued, int) or continued <= 0 or count <= 0:
         return []
     return list(req.origin_input_ids[-min(continued, count) :])
