@@ -303,6 +303,7 @@ class Req:
             stop_str_max_len = 0
             stop_regex_strs = patterns
             stop_regex_max_len = 1 << 30
+            custom_params = None
 
         class Tokenizer:
             def decode(self, ids: list[int]) -> str:
