@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field
 from ead_client import Choice, Client, RequestRefused, Rollout
 from trainer_bridge.advantages import overlong_penalty
 from trainer_bridge.batch import Sample
+from trainer_bridge.collected import Collected
 from trainer_bridge.errors import StaleRollout, TooFewRollouts
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
@@ -76,6 +77,11 @@ class RolloutConfig(Settings):
         0, ge=0, description="last tokens over which an answer loses reward (DAPO); 0: none"
     )
     overlong_factor: float = Field(1.0, ge=0, description="reward lost at max_new_tokens")
+    one_version: bool = Field(
+        False,
+        description="with staleness, publish only when no answer is in progress, so that the "
+        "tokens of each are all from the same weights and a run can be repeated",
+    )
     seeded: bool = Field(
         False,
         description="every answer gets a seed of its own, so that a run can be repeated; "
@@ -94,28 +100,6 @@ class Answer:
     def length(self) -> int:
         """Generated tokens."""
         return sum(len(turn) for turn in self.turns)
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What one step is trained on, and where the next one's problems begin."""
-
-    answers: ScoredAnswers
-    position: int
-    metrics: dict[str, float]
-    texts: tuple[str, ...] = field(repr=False)
-
-    def told(self) -> Iterator[dict[str, Any]]:
-        """The answers as a reader wants them."""
-        for sample, reward, group, text in zip(
-            self.answers.samples,
-            self.answers.rewards,
-            self.answers.group_ids,
-            self.texts,
-            strict=True,
-        ):
-            temperatures = [round(float(tau), 4) for tau in sample.temperatures]
-            yield {"problem": group, "reward": reward, "text": text, "temperatures": temperatures}
 
 
 def _good(answers: Sequence[Answer | None], counts: Counter[str]) -> list[Answer]:
