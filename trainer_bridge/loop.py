@@ -308,15 +308,23 @@ class Leader:
         return tuple(asked.answers.result() for asked in itertools.takewhile(_came, there))
 
     def _ask_ahead(self) -> None:
-        """Have the answers generated that the published weights are new enough for."""
+        """Have the answers generated that the published weights are new enough for; none after
+        those that failed, since where their problems begin is not known."""
         last = min(self._published + self.config.rollout.staleness, self.config.steps - 1)
+        if any(asked.answers.done() and not _came(asked) for asked in self._pending):
+            return
         while self._begun.step + len(self._pending) <= last:
             step = self._begun.step + len(self._pending)
             answers = self._thread.submit(self._collect, step)
             self._pending.append(Asked(answers, self._published))
 
     def _collect(self, step: int) -> Collected:
-        collected = self.collector.collect(step, self._position, self.display.phase)
+        try:
+            collected = self.collector.collect(step, self._position, self.display.phase)
+        except BaseException:
+            for asked in list(self._pending):  # they would begin with the problems of this one
+                asked.answers.cancel()
+            raise
         self._position = collected.position
         return collected
 
