@@ -75,7 +75,29 @@ class TrainConfig(Settings):
                 f"{self.correction.kind!r}: nothing says how far the policy has moved since the "
                 "answers; set update.old_logprobs='server', or a correction of mu's ratio"
             )
+        if self.correction.kind == "annealed":
+            for name, neutral in _BESIDE_TEMPERATURE.items():
+                value = self.rollout.sampling.get(name, neutral)
+                if value not in (neutral, None, {}):
+                    raise ValueError(
+                        f"rollout.sampling.{name} {value!r} with correction.kind 'annealed', which "
+                        "trains the policy at each token's temperature: answers must be sampled "
+                        f"from just that ({name} {neutral!r}), or take a correction of mu's ratio"
+                    )
         return self
+
+
+# Sampling parameters by which mu is not the tempered policy, with the values that change nothing.
+_BESIDE_TEMPERATURE: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "min_new_tokens": 0,
+    **dict.fromkeys(("logit_bias", "regex", "json_schema", "ebnf", "structural_tag")),
+}
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
