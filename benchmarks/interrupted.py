@@ -13,6 +13,7 @@ differently. Exit status 1 when weights differ by more than --limit, or anything
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -155,15 +156,14 @@ def kill_scheduler(server: ServerProcess) -> None:
 
 
 def kill_trainer(trainer: subprocess.Popen[bytes], ranks: int) -> None:
-    """One of its ranks, of which torchrun ends the others."""
-    if ranks == 1:
-        trainer.kill()
-    else:
-        children = psutil.Process(trainer.pid).children()
-        workers = [one for one in children if "train" in one.cmdline()]
-        (random.choice(workers) if workers else psutil.Process(trainer.pid)).kill()
-    family = psutil.Process(trainer.pid).children(recursive=True) if trainer.poll() is None else []
+    """One of its ranks, after which torchrun ends the others."""
+    family = psutil.Process(trainer.pid).children(recursive=True)
+    workers = [one for one in family if "train" in one.cmdline()] if ranks > 1 else []
+    (random.choice(workers) if workers else psutil.Process(trainer.pid)).kill()
     trainer.wait(120)
+    for process in family:  # ranks whose torchrun had not begun to watch them
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(family, timeout=60)
 
 
