@@ -3,8 +3,9 @@
 Both train adapters with a KL penalty on a tiny model, with answers generated ahead, evaluations and
 TensorBoard, on one process or on several ranks with sharded weights. The second is killed at random
 moments: the trainer (one of its ranks), which is started again with --resume, or the server's
-scheduler, which comes back by itself. Then the two must agree in the weights, in every metric of
-every step and in the evaluations, and no step may be missing or written twice.
+scheduler, with which the server ends, and is started again on its port. Then the two must agree in
+the weights, in every metric of every step and in the evaluations, and no step may be missing or
+written twice.
 
 What two runs that nobody disturbs differ by is told beside it: sums of another batch round
 differently. Exit status 1 when weights differ by more than --limit, or anything else does.
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import runpy
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -39,7 +41,6 @@ from ead_server.process import ServerProcess
 from trainer_bridge.report import read_metrics
 
 TESTS = Path(__file__).parent.parent / "tests"
-SERVE = (sys.executable, "-m", "ead_server.cli", "serve", "--restart")
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "65536", "--random-seed", "7")
 SETTINGS = (
     "task.kind=toys:Letters",
@@ -87,6 +88,31 @@ class Found:
         )
 
 
+class Restarted:
+    """A server that is started again after each kill. (`--restart` gives up one that ends three
+    times within a minute.)"""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.arguments = ["--model-path", str(model), *FLAGS]
+        self.log = folder / "server.log"
+        self.key = secrets.token_urlsafe(32)
+        self.process = self._start(0)
+
+    def _start(self, port: int) -> ServerProcess:
+        environ = {"EAD_ADMIN_API_KEY": self.key}
+        return ServerProcess(self.arguments, self.log, port=port, environ=environ)
+
+    def kill(self) -> None:
+        """Its scheduler, or all of it when it is not that far yet."""
+        family = psutil.Process(self.process.process.pid).children(recursive=True)
+        for one in [one for one in family if "scheduler" in one.name()]:
+            one.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.process.wait(15 if family else 0)
+        self.process.stop(0.0)
+        self.process = self._start(self.process.port)
+
+
 def kills_at_random(count: int, steps: int, seconds: float, seed: int) -> list[Kill]:
     """Moments all over a run whose steps last so long; the trainer's and the server's in turn."""
     drawn = random.Random(seed)
@@ -101,7 +127,7 @@ def kills_at_random(count: int, steps: int, seconds: float, seed: int) -> list[K
 def run(
     folder: Path,
     arguments: Sequence[str],
-    server: ServerProcess,
+    server: Restarted,
     ranks: int,
     kills: Sequence[Kill],
     say: Console,
@@ -110,7 +136,7 @@ def run(
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environ = {
         **os.environ,
-        "EAD_ADMIN_API_KEY": server.admin_api_key,
+        "EAD_ADMIN_API_KEY": server.key,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": path,
     }
@@ -118,7 +144,7 @@ def run(
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "ead_server.cli", "train", "--folder", str(folder), *arguments]
-    command += [f"server.url={server.url}"]
+    command += [f"server.url={server.process.url}"]
     left, started = list(kills), time.monotonic()
     with folder.with_suffix(".log").open("ab") as log:
         trainer = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
@@ -135,7 +161,7 @@ def run(
             kill = left.pop(0)
             say.print(f"{len(read_metrics(folder))} steps are written: the {kill.what} is killed")
             if kill.what == "server":
-                kill_scheduler(server)
+                server.kill()
                 continue
             kill_trainer(trainer, ranks)
             resumed = [*command, "--resume"]
@@ -146,13 +172,6 @@ def wait_for_step(folder: Path, count: int, trainer: subprocess.Popen[bytes]) ->
     """Return when so many steps are written, or the trainer has ended."""
     while len(read_metrics(folder)) < count and trainer.poll() is None:
         time.sleep(0.02)
-
-
-def kill_scheduler(server: ServerProcess) -> None:
-    """Or the whole server, when it is not that far yet."""
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    for process in [one for one in family if "scheduler" in one.name()] or family:
-        process.kill()
 
 
 def kill_trainer(trainer: subprocess.Popen[bytes], ranks: int) -> None:
@@ -241,9 +260,9 @@ def main() -> None:
         model = make_tiny_model(place / "model")
         arguments = [f"model.path={model}", f"steps={options.steps}", *SETTINGS]
         arguments += [f"checkpoint.every={options.every}"]
-        flags = ["--model-path", str(model), *FLAGS]
-        with ServerProcess(flags, place / "server.log", command=SERVE) as server:
-            server.wait_until_ready()
+        server = Restarted(model, place)
+        try:
+            server.process.wait_until_ready()
             for ranks in options.ranks:
                 alone, again, killed = (place / f"{kind}-{ranks}" for kind in "abc")
                 run(alone, arguments, server, ranks, [], console)
@@ -259,6 +278,8 @@ def main() -> None:
                     "kills": [kill._asdict() for kill in kills],
                     "seconds": took,
                 }
+        finally:
+            server.process.stop(0.0)
     right = all(Found(**one["killed"]).right(options.limit) for one in result.values())
     if options.json:
         print(json.dumps({"ratios": {}, "right": right, "runs": result}))
