@@ -1,6 +1,7 @@
 """The server's default schedule and training step, on a server with two tokenizer workers.
 
-Its model's own generation_config asks for temperature 0.6, which must not multiply in.
+Its model's own generation_config asks for temperature 0.6, which must not multiply in, and its
+tokenizer has no chat template.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ def annealing_server(
 ) -> Iterator[ServerProcess]:
     model = tmp_path_factory.mktemp("default") / "model"
     shutil.copytree(tiny_model, model)
+    without_chat_template(model)
     (model / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     arguments = ["--model-path", str(model), *TINY_FLAGS, "--tokenizer-worker-num", str(WORKERS)]
     arguments += ["--annealing", json.dumps(DEFAULT)]
     with ServerProcess(arguments, model.parent / "server.log") as process:
         process.wait_until_ready()
         yield process
+
+
+def without_chat_template(model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())
 
 
 def linear(t: int) -> float:
@@ -85,6 +92,46 @@ def test_an_own_temperature_or_null_opts_out(
     answer = post(annealing_server, "/generate", body)
     assert taus_of(answer, reference, [tau, *(linear(t) for t in range(9))]) == [tau] * 12
     assert "annealing" not in answer["meta_info"]
+
+
+@pytest.mark.parametrize("place", [{"annealing": None}, {"custom_params": {"annealing": None}}])
+def test_null_opts_out_of_completions(
+    annealing_server: ServerProcess, place: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", "prompt": "def ", "max_tokens": 6, "ignore_eos": True, **place}
+    choice = post(annealing_server, "/v1/completions", {**body, "rollout": False})["choices"][0]
+    assert "rollout" not in choice
+    choice = post(annealing_server, "/v1/completions", {**body, "rollout": True})["choices"][0]
+    assert choice["rollout"]["annealing"] is None
+    assert choice["rollout"]["temperatures"] == [1.0] * 6
+
+
+def test_null_opts_out_of_rollouts(annealing_server: ServerProcess) -> None:
+    params = {"max_new_tokens": 6, "ignore_eos": True}
+    for said, want in (({"annealing": None}, [1.0] * 6), ({}, [linear(t) for t in range(6)])):
+        body = {"prompts": ["def "], "sampling_params": params, **said}
+        (group,) = post(annealing_server, "/v1/rollouts", body)["groups"]
+        assert group["answers"][0]["temperatures"] == pytest.approx(want, abs=1e-6)
+        assert (group["annealing"] is None) == bool(said)
+
+
+def test_messages_want_a_chat_template_and_nothing_else_does(
+    annealing_server: ServerProcess,
+) -> None:
+    """A sentence that says so, on every route; of several prompts the others are answered."""
+    says = "Cannot use chat template functions because tokenizer.chat_template is not set"
+    messages = [{"role": "user", "content": "hi"}]
+    for route in ("/v1/chat/completions", "/v1/tokenize"):
+        body = {"model": "tiny", "messages": messages, "max_tokens": 2}
+        response = httpx.post(f"{annealing_server.url}{route}", json=body, timeout=60)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"].startswith(says)
+    body = {"prompts": [messages, "x"], "sampling_params": {"max_new_tokens": 2}}
+    refused, answered = post(annealing_server, "/v1/rollouts", body)["groups"]
+    assert refused["error"]["param"] == "prompts"
+    assert refused["error"]["message"].startswith(f"prompts: cannot be tokenised: {says}")
+    assert answered["error"] is None
+    assert len(answered["answers"]) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -11,7 +11,7 @@ import pytest
 
 from ead_client import Choice, Client, Group
 from ead_server.process import ServerProcess
-from trainer_bridge.estimators import maj_at_k, mean_at_k, pass_at_k, worst_at_k
+from trainer_bridge.estimators import bootstrap_interval, maj_at_k, mean_at_k, pass_at_k, worst_at_k
 from trainer_bridge.evaluate import Evaluation, EvaluationConfig, evaluate
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import RewardConfig
@@ -102,7 +102,13 @@ def test_an_evaluation_reports_the_estimates_of_the_answers_it_got(
 ) -> None:
     seen: list[tuple[int, int]] = []
     config = EvaluationConfig(
-        problems=10, n=5, max_new_tokens=6, annealing=SCHEDULE, answers_per_request=21
+        problems=10,
+        n=5,
+        max_new_tokens=6,
+        annealing=SCHEDULE,
+        answers_per_request=21,
+        confidence=0.8,
+        seed=3,
     )
     got = evaluate(listening, Letters(), rewards, config, lambda *counts: seen.append(counts))
 
@@ -122,9 +128,13 @@ def test_an_evaluation_reports_the_estimates_of_the_answers_it_got(
         {name: estimates.mean() for name, estimates in want.items()}
     )
     assert 0 < got.estimates["mean@5"].value < 1  # or the test would see nothing
-    for estimate in got.estimates.values():
-        assert estimate.low <= estimate.high
+    for name, estimate in got.estimates.items():
+        interval = bootstrap_interval(want[name], confidence=0.8, seed=3)
+        assert (estimate.low, estimate.high) == pytest.approx(interval), name
+        assert estimate.low <= estimate.value <= estimate.high
         assert estimate.problems == 10
+    assert got.estimates["mean@5"].low < got.estimates["mean@5"].high
+    assert got.interval == "80% BCa bootstrap over problems, seed 3"
 
     assert (got.task, got.problems, got.n, got.scored, got.failures) == ("letters", 10, 5, 50, {})
     assert got.weight_versions == [listening.model_info()["weight_version"]]

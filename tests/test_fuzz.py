@@ -16,7 +16,7 @@ import json
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +31,7 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.core.failures import FailureGroup
 from schemathesis.generation.modes import GenerationMode
 from schemathesis.specs.openapi import checks
+from test_guard import ADMIN_ROUTES
 from test_rollouts import wait_until_idle
 from test_server import FAST, check_against_reference
 
@@ -296,6 +297,12 @@ def mistakes(
     return wrong
 
 
+def enough(sent: Counter[str], count: int, *routes: str) -> None:
+    """At least so many requests to each: a test that sends nothing finds nothing."""
+    few = {route: sent[route] for route in routes if sent[route] < count}
+    assert not few, f"fewer than {count}: {few}, of {dict(sent)}"
+
+
 # What no schema can say: knots in order, a tau_min below its tau_max, a model's vocabulary. And the
 # API key, which this server has not been given; test_guard.py has one with both.
 NOT_CHECKED = [checks.positive_data_acceptance, checks.ignored_auth]
@@ -310,25 +317,30 @@ def test_our_routes_answer_as_described(
         case.validate_response(answer, excluded_checks=NOT_CHECKED)
 
     assert not (wrong := mistakes(ours, server, sent, check)), "\n\n".join(wrong)
+    bodies = ("POST /v1/rollouts", "PUT /v1/annealing", "PUT /v1/annealing/step")
+    enough(sent, 10 * SCALE, *bodies)
+    enough(sent, 1, "GET /v1/annealing", "GET /v1/annealing/step")
+    enough(sent, 1, "GET /health/live", "GET /health/ready")
 
 
 @pytest.mark.parametrize(
-    "paths",
+    ("paths", "posted"),
     [
-        "^/generate$",
-        "^/v1/completions$",
-        "^/v1/chat/completions$",
-        "^/invocations$",
-        "^/v1/(responses|models|tokenize)",
+        ("^/generate$", ["/generate"]),
+        ("^/v1/completions$", ["/v1/completions"]),
+        ("^/v1/chat/completions$", ["/v1/chat/completions"]),
+        ("^/invocations$", ["/invocations"]),
+        ("^/v1/(responses|models|tokenize)", ["/v1/responses", "/v1/tokenize"]),
     ],
 )
 def test_generating_routes_survive(
-    described: Any, server: ServerProcess, sent: Counter[str], paths: str
+    described: Any, server: ServerProcess, sent: Counter[str], paths: str, posted: list[str]
 ) -> None:
     """SGLang's own description is not quite true: an honest answer is enough."""
     theirs = described.include(path_regex=paths).exclude(method="PUT")
     wrong = mistakes(theirs, server, sent, lambda case, answer: None)
     assert not wrong, "\n\n".join(wrong)
+    enough(sent, 10 * SCALE, *(f"POST {path}" for path in posted))
 
 
 def test_what_changes_the_server_is_closed_whatever_is_sent(
@@ -336,12 +348,15 @@ def test_what_changes_the_server_is_closed_whatever_is_sent(
 ) -> None:
     """To those without the admin key."""
     opened = []
+    closed: Counter[str] = Counter()
     for case in cases(described.include(lambda context: "403" in responses_of(context))):
         answer = send(case, server, admin=False)
         sent["closed"] += 1
+        closed[case.path] += 1
         if answer is not None and answer.status_code not in (401, 405) and case.method != "OPTIONS":
             opened.append(f"{answer.status_code} {case.as_curl_command()}")
     assert not opened, "\n".join(opened[:10])
+    enough(closed, 1, *(path for _, path in ADMIN_ROUTES))
 
 
 def responses_of(context: Any) -> dict[str, Any]:
@@ -356,6 +371,7 @@ def test_no_body_gets_a_5xx(server: ServerProcess, sent: Counter[str]) -> None:
     draw = random.Random(SEED)
     headers = {"content-type": "application/json", **server.admin_headers}
     wrong: list[str] = []
+    told_by: defaultdict[str, set[str]] = defaultdict(set)
 
     async def everything() -> None:
         gate = asyncio.Semaphore(16)
@@ -374,6 +390,7 @@ def test_no_body_gets_a_5xx(server: ServerProcess, sent: Counter[str]) -> None:
                     except httpx.TransportError as error:
                         told, bad = repr(error), True
                 sent["changed"] += 1
+                told_by[path].add(told[:1])
                 if bad:
                     wrong.append(f"{method} {path} {body[:300]!r} -> {told}")
 
@@ -381,3 +398,6 @@ def test_no_body_gets_a_5xx(server: ServerProcess, sent: Counter[str]) -> None:
 
     asyncio.run(everything())
     assert not wrong, "\n\n".join(wrong[:10])
+    assert sent["changed"] == 600 * SCALE
+    # of every route some are whole enough to be done, and some are not
+    assert told_by == {path: {"2", "4"} for _, path, _ in ROUTES}

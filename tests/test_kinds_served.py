@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Reference
+from helpers.answers import UNLIKELY, surprise
 from test_kinds import walk
 from test_server import LOGPROB_TOLERANCE, post
 
@@ -46,12 +48,23 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 
 
-def check_all_kinds(server: ServerProcess, reference: Reference, count: int) -> None:
+# what they do next depends on the tokens and entropies so far
+WITH_STATE = [raw for raw in SCHEDULES if raw["schedule"] in ("branch", "segment")]
+
+
+def check_all_kinds(
+    server: ServerProcess,
+    reference: Reference,
+    count: int,
+    schedules: Sequence[dict[str, Any]] = SCHEDULES,
+) -> None:
+    """`count` answers at once, one schedule after the other."""
+
     def one(index: int) -> Rollout:
         with Client(server.url, timeout=240) as client:
             answer = client.complete(
                 "def evaluate(t) " * (1 + index % 5),
-                annealing={**SCHEDULES[index % len(SCHEDULES)], "step": 0},
+                annealing={**schedules[index % len(schedules)], "step": 0},
                 rollout={"entropies": True},
                 max_tokens=40 + index % 7,
                 ignore_eos=True,
@@ -64,8 +77,9 @@ def check_all_kinds(server: ServerProcess, reference: Reference, count: int) -> 
         rollouts = list(pool.map(one, range(count)))
     restarts = ends = 0
     hot: list[float] = []
+    behaviour = []
     for index, rollout in enumerate(rollouts):
-        raw = SCHEDULES[index % len(SCHEDULES)]
+        raw = schedules[index % len(schedules)]
         assert len(rollout) == 40 + index % 7
         assert rollout.entropies is not None
         assert rollout.annealing is not None
@@ -84,11 +98,14 @@ def check_all_kinds(server: ServerProcess, reference: Reference, count: int) -> 
         mu = (logits / torch.tensor(want, dtype=logits.dtype).unsqueeze(1)).log_softmax(-1)
         picked = mu.numpy()[np.arange(len(tokens)), tokens]
         assert np.abs(rollout.logprobs - picked).max() < LOGPROB_TOLERANCE, raw
+        behaviour.append(mu)
         if raw["schedule"] == "segment":
             restarts += MARK in tokens[:-1]
             ends += "answer" in raw and END in tokens[:-1]
         if raw["schedule"] == "branch":
             hot += [tau for tau in want if tau > 1]
+    z = surprise(behaviour, [rollout.token_ids for rollout in rollouts])
+    assert abs(z) < UNLIKELY
     assert restarts  # or these tests have shown less than they say
     assert ends
     assert hot

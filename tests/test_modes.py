@@ -17,7 +17,7 @@ import psutil
 import pytest
 from conftest import TINY_FLAGS, Reference
 from test_guard import answers_ready, begins, wait_for
-from test_kinds_served import SCHEDULES, check_all_kinds
+from test_kinds_served import WITH_STATE, check_all_kinds
 from test_server import FAST, check_against_reference, expected_temperatures
 
 from ead_client import Client, EadError, RequestRefused, Rollout, Rollouts
@@ -80,10 +80,9 @@ def test_schedules_survive_retraction_chunks_and_several_workers(
 def test_clocks_and_thresholds_survive_retraction_too(
     restless: ServerProcess, reference: Reference
 ) -> None:
-    """Kinds with state are prefilled again from what the host last saw of it."""
-    until_retracted(
-        restless, lambda: check_all_kinds(restless, reference, 2 * len(SCHEDULES)), times=1
-    )
+    """Kinds with state are prefilled again from what the host last saw of it. There are no others
+    here, so that whatever is retracted has some."""
+    until_retracted(restless, lambda: check_all_kinds(restless, reference, 26, WITH_STATE), times=4)
 
 
 def until_retracted(server: ServerProcess, work: Callable[[], None], times: int) -> None:
@@ -104,16 +103,25 @@ def retractions(server: ServerProcess) -> int:
     return sum(map(int, found))
 
 
-def test_incremental_streams_carry_every_token_once(restless: ServerProcess) -> None:
+def test_incremental_streams_carry_every_token_once(
+    restless: ServerProcess, reference: Reference
+) -> None:
     with Client(restless.url, timeout=120) as client:
         messages = [{"role": "user", "content": "hello"}]
         chunks = list(
             client.stream_chat(messages, annealing=FAST, max_tokens=30, ignore_eos=True, n=2)
         )
     for index in range(2):
-        parts = [c.rollout for chunk in chunks for c in chunk.choices if c.index == index]
-        temperatures = np.concatenate([part.temperatures for part in parts if part is not None])
-        assert temperatures.tolist() == pytest.approx(expected_temperatures(FAST, 30), abs=1e-6)
+        choices = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        parts = [choice.rollout for choice in choices if choice.rollout is not None]
+        whole = parts[0].model_copy(
+            update={
+                name: np.concatenate([getattr(part, name) for part in parts])
+                for name in ("token_ids", "temperatures", "logprobs", "model_logprobs")
+            }
+        )
+        assert whole.temperatures == pytest.approx(expected_temperatures(FAST, 30), abs=1e-6)
+        check_against_reference(whole, reference)
 
 
 def test_every_worker_checks_schedules(restless: ServerProcess) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from ead_sampler import plugin, requests
+from ead_sampler import plugin
 from ead_server.launch import with_defaults
 
 
@@ -65,46 +65,87 @@ def test_hooks_that_sglang_did_not_apply_are_found(tmp_path: Path) -> None:
     assert middlewares == "1"
 
 
-def server_args(**changes: object) -> SimpleNamespace:
-    plain = {
-        "speculative_algorithm": None,
-        "dllm_algorithm": None,
-        "disaggregation_mode": "null",
-        "pp_size": 1,
-        "enable_pdmux": False,
-        "rl_on_policy_target": None,
-        "sampling_backend": "pytorch",
-    }
-    return SimpleNamespace(**{**plain, **changes})
+DRAFT = "--speculative-draft-model-path MODEL"
+# a real command line each, as SGLang itself reads it; and what the refusal names
+UNSUPPORTED = {
+    **{
+        f"--speculative-algorithm {name} {DRAFT}": "--speculative-algorithm"
+        for name in ("DFLASH", "EAGLE", "EAGLE3", "FROZEN_KV_MTP", "NEXTN", "STANDALONE")
+    },
+    "--speculative-algorithm NGRAM": "--speculative-algorithm",
+    "--dllm-algorithm LowConfidence": "--dllm-algorithm",
+    "--disaggregation-mode prefill": "--disaggregation-mode",
+    "--disaggregation-mode decode": "--disaggregation-mode",
+    "--pp-size 2": "--pp-size",
+    "--pipeline-parallel-size 2": "--pp-size",
+    "--enable-pdmux": "--enable-pdmux",
+    "--rl-on-policy-target fsdp": "--rl-on-policy-target",
+    "--sampling-backend ascend": "--sampling-backend",
+    "SGLANG_RETURN_ORIGINAL_LOGPROB=1": "SGLANG_RETURN_ORIGINAL_LOGPROB",
+}
+SUPPORTED = ["", "--sampling-backend flashinfer", "--sampling-backend pytorch", "--tp 2 --dp 2"]
+
+ASK = """
+import json, os, sys
+from ead_sampler import device; device.choose()
+from sglang.srt.plugins import load_plugins; load_plugins()
+from sglang.srt.runtime_context import get_context
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import prepare_server_args
+model, *lines = sys.argv[1:]
+plain = ["--model-path", model, "--attention-backend", "torch_native"]
+for line in lines:
+    words = line.replace("MODEL", model).split()
+    environ = dict(word.split("=") for word in words if not word.startswith("-") and "=" in word)
+    os.environ.update(environ)
+    flags = [word for word in words if word.partition("=")[0] not in environ]
+    try:
+        args = prepare_server_args([*plain, *flags])
+    except Exception as error:
+        print("OUT", json.dumps(f"{type(error)} {error}"))
+        continue
+    get_context().set_server_args(args)
+    said = []
+    for custom in ({"annealing": {}}, {"rollout": True}, {}):
+        try:
+            SamplingParams(custom_params=custom).verify(1000)
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+    print("OUT", json.dumps(said))
+    for name in environ:
+        del os.environ[name]
+"""
 
 
-@pytest.mark.parametrize(
-    ("changes", "environ", "says"),
-    [
-        ({"speculative_algorithm": "NGRAM"}, {}, "--speculative-algorithm"),
-        ({"dllm_algorithm": "x"}, {}, "--dllm-algorithm"),
-        ({"disaggregation_mode": "decode"}, {}, "--disaggregation-mode"),
-        ({"pp_size": 2}, {}, "--pp-size"),
-        ({"enable_pdmux": True}, {}, "--enable-pdmux"),
-        ({"rl_on_policy_target": "fsdp"}, {}, "--rl-on-policy-target"),
-        ({"sampling_backend": "ascend"}, {}, "--sampling-backend"),
-        ({}, {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}, "SGLANG_RETURN_ORIGINAL_LOGPROB"),
-    ],
-)
+@pytest.fixture(scope="module")
+def told(tiny_model: Path) -> dict[str, list[str | None]]:
+    """What a request with a schedule, one for the arrays, and one for neither are told, by flags.
+
+    In one process with SGLang's own reading of each command line and the hook in its place.
+    """
+    lines = [*SUPPORTED, *UNSUPPORTED]
+    run = subprocess.run(
+        [sys.executable, "-c", ASK, str(tiny_model), *lines], capture_output=True, text=True
+    )
+    outputs = [json.loads(x[4:]) for x in run.stdout.splitlines() if x.startswith("OUT ")]
+    assert len(outputs) == len(lines), run.stderr
+    return dict(zip(lines, outputs, strict=True))
+
+
+@pytest.mark.parametrize("flags", UNSUPPORTED)
 def test_modes_that_cannot_honour_a_schedule_are_named(
-    changes: dict[str, object], environ: dict[str, str], says: str
+    told: dict[str, list[str | None]], flags: str
 ) -> None:
-    assert requests.unsupported_mode(server_args(), {}) is None
-    assert says in (requests.unsupported_mode(server_args(**changes), environ) or "")
+    annealed, recorded, plain = told[flags]
+    assert UNSUPPORTED[flags] in (annealed or "")
+    assert UNSUPPORTED[flags] in (recorded or "")
+    assert plain is None
 
 
-def test_sglang_still_has_the_modes_that_are_refused() -> None:
-    from sglang.srt.server_args import ServerArgs
-
-    known = {
-        field for klass in ServerArgs.__mro__ for field in getattr(klass, "__annotations__", ())
-    }
-    assert set(vars(server_args())) <= known
+@pytest.mark.parametrize("flags", SUPPORTED)
+def test_other_modes_are_not_refused(told: dict[str, list[str | None]], flags: str) -> None:
+    assert told[flags] == [None] * 3
 
 
 # --- ead serve -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,7 @@ import openai
 import pytest
 import torch
 from conftest import Reference
+from helpers.answers import UNLIKELY, surprise
 from scipy import stats
 from test_schedule import closed_form
 
@@ -51,6 +53,16 @@ def check_against_reference(rollout: Rollout, reference: Reference) -> None:
     if rollout.entropies is not None:
         entropies = -(model.exp() * model).sum(-1).numpy()
         assert np.abs(rollout.entropies - entropies).max() < LOGPROB_TOLERANCE
+
+
+def surprise_of(rollouts: Sequence[Rollout], reference: Reference) -> float:
+    """Whether the tokens were drawn at the temperatures told, see `surprise`."""
+    rows = []
+    for rollout in rollouts:
+        logits = reference.logits(rollout.prompt_token_ids, rollout.token_ids)
+        tau = torch.from_numpy(rollout.temperatures).double().unsqueeze(1)
+        rows.append((logits / tau).log_softmax(-1))
+    return surprise(rows, [rollout.token_ids for rollout in rollouts])
 
 
 # --- temperatures and log-probabilities ------------------------------------------------------
@@ -97,6 +109,7 @@ def test_concurrent_requests_each_follow_their_own_schedule(
         applied = schedule and parse_annealing(schedule).model_dump()
         assert rollout.annealing == applied
         check_against_reference(rollout, reference)
+    assert abs(surprise_of(rollouts, reference)) < UNLIKELY
 
 
 def test_sampled_frequencies_fit_the_temperature_and_not_temperature_one(
@@ -423,12 +436,6 @@ def test_the_schedule_also_passes_where_routers_and_trainers_put_it(
     params = {"max_new_tokens": 6, "ignore_eos": True, "custom_params": {"annealing": FAST}}
     meta = post(server, "/generate", {"text": "hi", "sampling_params": params})["meta_info"]
     assert meta["temperatures"] == want
-
-
-def test_null_opts_out(server: ServerProcess) -> None:
-    body = {"model": "tiny", "prompt": "def ", "max_tokens": 3, "annealing": None}
-    choice = post(server, "/v1/completions", {**body, "rollout": False})["choices"][0]
-    assert "rollout" not in choice
 
 
 def test_asking_for_nothing_gets_nothing_wherever_it_is_said(server: ServerProcess) -> None:

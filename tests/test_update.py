@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from test_batch import rollout
+from test_matrix import make_model, sampled
 
 from trainer_bridge.advantages import AdvantageConfig
 from trainer_bridge.batch import Sample
@@ -257,6 +260,55 @@ def test_an_update_without_finite_gradient_is_skipped_and_counted_then_ends_the_
     made.update(scored)
     with pytest.raises(Diverged, match="3 updates in a row"):
         made.update(scored)
+
+
+def test_the_optimizer_is_adamw_written_out() -> None:
+    """Warm-up, the bound on the gradient's norm, both moments and the decay, over five updates.
+
+    The gradient of each is what plain descent with rate 1 moves a copy of the model by.
+    """
+    rate, warmup, (beta1, beta2), decay, bound = 0.02, 3, (0.7, 0.9), 0.4, 1.5
+    model, draw = make_model("llama"), random.Random(0)
+    made = Trainer(
+        Policy(model, torch.float64),
+        optimizer=OptimizerConfig(
+            learning_rate=rate,
+            warmup_updates=warmup,
+            betas=(beta1, beta2),
+            weight_decay=decay,
+            max_grad_norm=bound,
+        ),
+        update=UpdateConfig(),
+        advantage=AdvantageConfig(),
+        loss=LossConfig(),
+        correction=CorrectionConfig(),
+        max_new_tokens=16,
+    )
+    weights = dict(made.policy.named_parameters())
+    want = {name: weight.detach().clone() for name, weight in weights.items()}
+    first = {name: torch.zeros_like(weight) for name, weight in want.items()}
+    second = {name: torch.zeros_like(weight) for name, weight in want.items()}
+    norms = []
+    for number in range(1, 6):
+        scored, _ = sampled(model, draw)
+        twin = Policy(copy.deepcopy(model), torch.float64)
+        step = trainer(twin)
+        descent = moved(twin, lambda: step.update(scored))  # noqa: B023
+        norms.append(math.sqrt(sum(float(g.square().sum()) for g in descent.values())))
+        metrics = made.update(scored)
+        warm = rate * min(1.0, number / warmup)
+        assert metrics["optim/grad_norm"] == pytest.approx(norms[-1])
+        assert metrics["optim/learning_rate"] == pytest.approx(warm)
+        for name, weight in weights.items():
+            gradient = -descent[name] * min(1.0, bound / norms[-1])
+            first[name] = beta1 * first[name] + (1 - beta1) * gradient
+            second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
+            mean = first[name] / (1 - beta1**number)
+            square = second[name] / (1 - beta2**number)
+            want[name] *= 1 - warm * decay
+            want[name] -= warm * mean / (square.sqrt() + 1e-8)
+            assert (weight - want[name]).abs().max() < 1e-4 * warm, name
+    assert min(norms) < bound < max(norms)  # some are cut, and some are not
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import re
+import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -230,11 +232,14 @@ def test_adapters_may_be_larger_than_other_bodies(
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e30])
 def test_a_scale_that_is_none_is_refused(
-    scale: float, client: Client, tiny_model: Path, tmp_path: Path
+    scale: float, client: Client, reference: Reference, tiny_model: Path, tmp_path: Path
 ) -> None:
     publisher = weight_publisher(client, config("tensors", tmp_path))
-    with pytest.raises(WeightUpdateFailed, match="scale"):
-        publisher.publish(adapted(tiny_model, 0, ["q_proj"]).named_adapters(), 5, lora_scale=scale)
+    policy = adapted(tiny_model, 0, ["q_proj"])
+    with pytest.raises(WeightUpdateFailed, match="scale") as failed:
+        publisher.publish(policy.named_adapters(), 5, lora_scale=scale)
+    assert failed.value.serving == "default"
+    assert serves(client, reference.model, "default")
 
 
 def test_only_tensors_can_be_adapters(client: Client, tmp_path: Path) -> None:
@@ -690,12 +695,22 @@ def test_a_failure_before_anything_was_broadcast_leaves_the_old_weights_serving(
     assert serves(client, reference.model, "default")
 
 
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "says nothing"])
 def test_a_server_that_is_gone_is_told_in_time(
-    client: Client, reference: Reference, tmp_path: Path
+    silent: bool, reference: Reference, tmp_path: Path
 ) -> None:
-    with Client("http://127.0.0.1:9", retries=0) as nobody:
-        for way in WAYS:
-            publisher = weight_publisher(nobody, config(way, tmp_path))
-            with pytest.raises(WeightUpdateFailed) as failed:
-                publisher.publish(named_tensors(reference.model), 1)
-            assert failed.value.serving is None
+    """Whether its port is closed, or takes connections that nobody answers: after the client's
+    time-out (2 s here, of two requests), not after the 30 s that a broadcast may take."""
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        if silent:
+            there.listen()
+        url = f"http://127.0.0.1:{there.getsockname()[1]}"
+        with Client(url, retries=0, timeout=2) as nobody:
+            for way in WAYS:
+                publisher = weight_publisher(nobody, config(way, tmp_path))
+                began = time.monotonic()
+                with pytest.raises(WeightUpdateFailed) as failed:
+                    publisher.publish(named_tensors(reference.model), 1)
+                assert failed.value.serving is None
+                assert time.monotonic() - began < 20

@@ -249,6 +249,14 @@ def _with_adapters(model: Any, config: LoraConfig) -> Any:
     except ValueError as error:  # no such modules, or none that can have adapters
         raise UnsupportedModel(f"model.lora.targets: {error}") from None
     base: Any = adapted.get_base_model()
+    for name, module in base.named_modules():
+        if isinstance(module, peft.tuners.lora.ParamWrapper):  # peft's way to adapt experts
+            raise UnsupportedModel(
+                f"model.lora.targets {config.targets!r}: an adapter on {name}, the experts of a "
+                "mixture or what chooses them, is not supported, since the server takes adapters "
+                "of single matrices; choose others, such as ['q_proj', 'k_proj', 'v_proj', "
+                "'o_proj']"
+            )
     for part in ("input", "output"):
         if hasattr(getattr(base, f"get_{part}_embeddings")(), "base_layer"):
             raise UnsupportedModel(

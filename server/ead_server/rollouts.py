@@ -35,7 +35,7 @@ from ead_sampler.requests import (
 from ead_sampler.schedule import AnnealingError, parse_annealing, with_integers
 from ead_server.admission import check_range, check_token_ids, check_types
 from ead_server.bodies import check_text, max_text
-from ead_server.errors import LimitExceeded, openai_error, place_of
+from ead_server.errors import LimitExceeded, as_openai_error, openai_error, place_of
 from ead_server.first_mistake import validator_of
 from ead_server.recorder import said_of
 
@@ -310,8 +310,8 @@ class Engine:
         serving = self.app.state.openai_serving_tokenize
         answer = await serving.handle_request(request, None)
         if not isinstance(answer, TokenizeResponse):
-            message = getattr(answer, "body", b"").decode(errors="replace")[:500]
-            raise AnnealingError("prompts", f"cannot be tokenised: {message}")
+            message = as_openai_error(getattr(answer, "body", b""))["error"]["message"]
+            raise AnnealingError("prompts", f"cannot be tokenised: {message[:500]}")
         return list(answer.tokens)
 
     async def generate(self, token_ids: list[int], params: Json) -> Json:
