@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ead_client import Choice, Client, Group, Rollout
 from trainer_bridge import estimators
+from trainer_bridge.errors import BadConfig
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
 from trainer_bridge.settings import Settings
 from trainer_bridge.tasks import Problem, Task
 
+MOST_PROBLEMS = 64  # where no number is asked for
+
 
 class EvaluationConfig(Settings):
     """What is asked, and how it is decoded."""
 
-    problems: int = Field(
-        default=64, ge=2, description="held-out problems; fewer where the task has fewer"
+    problems: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"held-out problems, of which the task must have so many; "
+        f"none: {MOST_PROBLEMS}, or all where there are fewer",
     )
     n: int = Field(default=8, ge=1, le=1000, description="answers to each")
     max_new_tokens: int = Field(default=512, ge=1)
@@ -87,14 +95,14 @@ def evaluate(
     *,
     step: int | None = None,
 ) -> Evaluation:
-    """Ask the first held-out problems and score the answers while others are generated.
+    """Ask the held-out problems (see `held_out`) and score the answers while others are generated.
 
     rewards: runs `task.reward`. progress: called with the number of problems that are answered, and
     of all. step: the training step, for a schedule that names none. maj@k is reported for tasks
     that say what votes, see Task. Raises the client's errors; what fails for a single answer is
     counted.
     """
-    problems = list(_held_out(task, config.problems))
+    problems = held_out(task, config.problems)
     final_answer: Callable[[str], str | None] | None = getattr(task, "final_answer", None)
     table = np.full((len(problems), config.n), np.nan)
     votes: list[list[str | None]] = [[None] * config.n for _ in problems]
@@ -133,12 +141,29 @@ def evaluate(
     )
 
 
-def _held_out(task: Task, count: int) -> Iterator[Problem]:
-    for index in range(count):
-        try:
-            yield task.problem(index, "eval")
-        except IndexError:
-            return
+def held_out(task: Task, count: int | None) -> list[Problem]:
+    """The first `count` problems of a task's evaluation, or all where there are fewer.
+
+    Raises BadConfig where there are none, or two that ask the same: an evaluation would take them
+    for two problems.
+    """
+    asked: dict[str, Problem] = {}
+    with suppress(IndexError):
+        for index in range(MOST_PROBLEMS if count is None else count):
+            problem = task.problem(index, "eval")
+            asked[question(problem)] = problem
+            if len(asked) == index:
+                raise BadConfig(
+                    f"task: {task.name} asks the same in evaluation problem {index} as before"
+                )
+    if not asked:
+        raise BadConfig(f"task: {task.name} has no problem for evaluation")
+    return list(asked.values())
+
+
+def question(problem: Problem) -> str:
+    """What is asked, to tell whether two problems are one."""
+    return json.dumps([dict(message) for message in problem.messages], default=str)
 
 
 def _answers(
