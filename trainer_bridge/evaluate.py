@@ -41,6 +41,11 @@ class EvaluationConfig(Settings):
         default=None, description="a schedule, in place of the temperature"
     )
     solved_at: float = Field(default=1.0, description="reward from which on a problem is solved")
+    reward_range: tuple[float, float] = Field(
+        default=(0.0, 1.0),
+        description="smallest and largest reward that an answer can have, which intervals need to "
+        "know; wider where wider rewards are seen",
+    )
     confidence: float = Field(default=0.95, gt=0, lt=1, description="of the intervals")
     seed: int = Field(default=0, ge=0, description="of the resampling of problems, not of answers")
     answers_per_request: int = Field(
@@ -48,9 +53,12 @@ class EvaluationConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _one_decoding(self) -> EvaluationConfig:
+    def _check(self) -> EvaluationConfig:
         if self.annealing is not None and self.temperature != 1.0:
             raise ValueError("a schedule gives the temperature: leave `temperature` at 1")
+        low, high = self.reward_range
+        if low > high:
+            raise ValueError(f"reward_range: {low} is above {high}")
         return self
 
 
@@ -135,7 +143,8 @@ def evaluate(
         failures={kind: count for kind, count in sorted(failures.items()) if count},
         mean_tokens=_mean([len(rollout) for rollout in scored]),
         truncated=_mean([rollout.finish_reason == "length" for rollout in scored]),
-        interval=f"{config.confidence:.0%} BCa bootstrap over problems, seed {config.seed}",
+        interval=f"{100 * config.confidence:g}% over problems like these, by a bootstrap that "
+        "is exact for rewards at their bounds ({:g} and {:g})".format(*_bounds(table, config)),
         estimates=dict(_estimates(table, votes if final_answer else None, config)),
         rewards=[[None if np.isnan(r) else float(r) for r in row] for row in table],
     )
@@ -203,7 +212,8 @@ def _decoding(scored: Sequence[Rollout]) -> dict[str, Any]:
 def _estimates(
     rewards: estimators.Floats, votes: list[list[str | None]] | None, config: EvaluationConfig
 ) -> Iterator[tuple[str, Estimate]]:
-    """mean@n, and the others at k = 1, 2, 4, ... up to n."""
+    """mean@n, and the others at k = 1, 2, 4, ... up to n, where a problem has so many scores."""
+    bounds = _bounds(rewards, config)
     ks = [2**i for i in range(config.n.bit_length())]
     found = [(f"mean@{config.n}", estimators.mean_at_k(rewards))]
     for k in ks:
@@ -214,9 +224,19 @@ def _estimates(
         found += [(f"maj@{k}", estimators.maj_at_k(rewards, votes, k)) for k in ks[1:]]
     for name, estimates in found:
         known = estimates[~np.isnan(estimates)]
-        if len(known) >= 2:
+        if len(known):
             low, high = estimators.bootstrap_interval(
-                known, confidence=config.confidence, seed=config.seed
+                known,
+                confidence=config.confidence,
+                bounds=(0.0, 1.0) if name.startswith("pass@") else bounds,
+                seed=config.seed,
             )
             value = float(known.mean())
             yield name, Estimate(value=value, low=low, high=high, problems=len(known))
+
+
+def _bounds(rewards: estimators.Floats, config: EvaluationConfig) -> tuple[float, float]:
+    """Of a reward, as far as is known."""
+    low, high = config.reward_range
+    seen = rewards[~np.isnan(rewards)].tolist()
+    return min([low, *seen]), max([high, *seen])
