@@ -48,7 +48,6 @@ SETTINGS = (
     "loss.kl_coefficient=0.05",
     "correction.kind=tis",
     "rollout.staleness=1",
-    "rollout.one_version=true",
     "rollout.seeded=true",
     "rollout.prompts_per_step=3",
     "rollout.samples_per_prompt=4",
