@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field
 
 from ead_client import Choice, Client, RequestRefused, Rollout
 from trainer_bridge.advantages import overlong_penalty
+from trainer_bridge.asking import ask
 from trainer_bridge.batch import Sample
 from trainer_bridge.collected import Collected
 from trainer_bridge.errors import StaleRollout, TooFewRollouts
@@ -219,7 +220,8 @@ class Collector:
 
         with ThreadPoolExecutor(CONTINUED_AT_ONCE, thread_name_prefix="continue") as pool:
             aborted: dict[int, list[Future[Answer | None]]] = {}
-            groups = self.client.stream_rollouts(
+            groups = ask(
+                self.client,
                 [list(problem.messages) for problem in problems],
                 n=size,
                 annealing={**self.config.annealing, "step": step},

@@ -11,6 +11,8 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from ead_sampler.requests import check_sampling
+from ead_sampler.schedule import AnnealingError, check_all_steps
 from trainer_bridge.advantages import AdvantageConfig
 from trainer_bridge.checkpoint import CheckpointConfig
 from trainer_bridge.collect import RolloutConfig
@@ -32,7 +34,11 @@ class ServerConfig(Settings):
     files that EAD_API_KEY_FILE and EAD_ADMIN_API_KEY_FILE name."""
 
     url: str | None = Field(None, description="none: `ead train` starts one and stops it again")
-    arguments: list[str] = Field([], description="of SGLang, for a server started here")
+    arguments: list[str] = Field(
+        [],
+        description="of SGLang, for a server started here, after ours: on a GPU bfloat16 and "
+        "0.4 of its memory, the rest being the trainer's; on a CPU float32",
+    )
     patience_s: float = Field(
         600.0, gt=0, description="how long a server that went away may take to come back"
     )
@@ -75,6 +81,19 @@ class TrainConfig(Settings):
                 f"{self.correction.kind!r}: nothing says how far the policy has moved since the "
                 "answers; set update.old_logprobs='server', or a correction of mu's ratio"
             )
+        rollout, evaluation = self.rollout, self.evaluation
+        if rollout.overlong_buffer > rollout.max_new_tokens:
+            raise ValueError(
+                "rollout.overlong_buffer must be at most rollout.max_new_tokens, "
+                f"{rollout.max_new_tokens}, got {rollout.overlong_buffer}"
+            )
+        _check_schedule("rollout", {**rollout.annealing, "step": None}, self.steps - 1)
+        if evaluation.annealing is not None:
+            _check_schedule("evaluation", evaluation.annealing, self.steps)
+        try:
+            check_sampling(rollout.sampling)
+        except AnnealingError as error:
+            raise ValueError(f"rollout.sampling.{error}") from None
         if self.correction.kind == "annealed":
             for name, neutral in _BESIDE_TEMPERATURE.items():
                 value = self.rollout.sampling.get(name, neutral)
@@ -85,6 +104,14 @@ class TrainConfig(Settings):
                         f"from just that ({name} {neutral!r}), or take a correction of mu's ratio"
                     )
         return self
+
+
+def _check_schedule(section: str, annealing: dict[str, Any], last: int) -> None:
+    """At every step of the run. Raises ValueError."""
+    try:
+        check_all_steps(annealing, last=last)
+    except AnnealingError as error:
+        raise ValueError(f"{section}.{error}") from None
 
 
 # Sampling parameters by which mu is not the tempered policy, with the values that change nothing.

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ead_client import Choice, Client, Group, Rollout
 from trainer_bridge import estimators
+from trainer_bridge.asking import MOST_ANSWERS, ask
 from trainer_bridge.errors import BadConfig
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
@@ -49,7 +50,7 @@ class EvaluationConfig(Settings):
     confidence: float = Field(default=0.95, gt=0, lt=1, description="of the intervals")
     seed: int = Field(default=0, ge=0, description="of the resampling of problems, not of answers")
     answers_per_request: int = Field(
-        default=4096, ge=1, description="at most; the server's own limit is the same by default"
+        default=MOST_ANSWERS, ge=1, description="at most; `ead serve --max-answers` is as many"
     )
 
     @model_validator(mode="after")
@@ -188,11 +189,12 @@ def _answers(
         annealing = {"schedule": "constant", "tau": config.temperature}
     elif step is not None:  # else the server's own count of updates would come in its place
         annealing = {"step": step, **annealing}
-    size = max(1, config.answers_per_request // config.n)
-    for start in range(0, len(problems), size):
-        prompts = [list(problem.messages) for problem in problems[start : start + size]]
-        for group in client.stream_rollouts(prompts, n=config.n, annealing=annealing, **sampling):
-            yield start + group.index, group
+    prompts = [list(problem.messages) for problem in problems]
+    most = config.answers_per_request
+    for group in ask(
+        client, prompts, n=config.n, most_answers=most, annealing=annealing, **sampling
+    ):
+        yield group.index, group
 
 
 def _usable(choice: Choice) -> bool:

@@ -37,6 +37,7 @@ from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, changes, check_folder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.run_lock import alone_in
+from trainer_bridge.start_checks import check_run, first_problem
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import Versions, new_run_id
 from trainer_bridge.weights import weight_publisher
@@ -104,8 +105,7 @@ def train(
             max_new_tokens=config.rollout.max_new_tokens,
             reference=_reference(config, device),
         )
-        # other seeds see other problems
-        begin = Progress(0, position=config.seed << 20, run_id=new_run_id())
+        begin = Progress(0, position=first_problem(config.seed), run_id=new_run_id())
         if resume:
             begin = checkpoint.load(saved, trainer, display.say) or begin
         leader = None
@@ -229,6 +229,7 @@ class Leader:
         self.server = server
         self.display = display
         self.task = config.task.build()
+        check_run(config, self.task)
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = weight_publisher(server.client, config.sync)
         self.versions = Versions(begin.run_id)

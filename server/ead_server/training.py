@@ -19,7 +19,7 @@ from ead_client import Client, ConnectionFailed, EadError, ServerUnavailable
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING
 from ead_server import models
-from ead_server.process import ServerProcess
+from ead_server.process import ServerProcess, flags_beside_a_trainer
 from ead_server.settings import read_key
 from trainer_bridge.config import ServerConfig, TrainConfig, read_config
 from trainer_bridge.errors import BadConfig
@@ -27,6 +27,7 @@ from trainer_bridge.evaluate import evaluate
 from trainer_bridge.loop import train
 from trainer_bridge.report import Display
 from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.start_checks import check_evaluation, check_run
 
 # `--restart`: a server that dies comes back on the same port, with the same keys
 _COMMAND = (sys.executable, "-m", "ead_server.cli", "serve", "--restart")
@@ -75,10 +76,10 @@ def server_for(
             server.wait_until_ready()
             yield server
         return
-    # float32, since a trainer's steps are smaller than bfloat16 resolves
-    arguments = ["--model-path", model, "--dtype", "float32", "--weights-root", str(folder)]
+    device.choose()
     log = folder / "server.log"
-    arguments += config.arguments
+    flags = flags_beside_a_trainer(on_cpu=device.is_cpu())
+    arguments = ["--model-path", model, "--weights-root", str(folder), *flags, *config.arguments]
     # a run says itself what it samples with
     environ = {DEFAULT_ANNEALING: ""}
     with ServerProcess(arguments, log, command=_COMMAND, environ=environ) as process:
@@ -110,6 +111,7 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
         if int(os.environ.get("RANK", "0")) != 0:
             train(config, folder, None, display, resume=resume)
             return
+        check_run(config, config.task.build())  # before a server is started
         with server_for(config.server, config.model.path, folder, display.say) as server:
             train(config, folder, server, display, resume=resume)
 
@@ -121,6 +123,7 @@ def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None
         config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
     task = config.task.build()
+    check_evaluation(config.evaluation, task)
     console = _console(stderr=True)
     with (
         server_for(config.server, config.model.path, folder, console.print) as server,
