@@ -9,7 +9,8 @@ written twice.
 
 What two runs that nobody disturbs differ by is told beside it: in a batch of other requests the
 server's sums round differently, Adam makes more of it, and at high learning rates some token
-becomes another one sooner or later. Exit status 1 when weights differ by more than --limit, or anything else does.
+becomes another one sooner or later. Exit status 1 when weights differ by more than --limit, or
+anything else does.
 """
 
 from __future__ import annotations
