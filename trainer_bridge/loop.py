@@ -238,7 +238,9 @@ class Leader:
         )
         described = config.model_dump(mode="json")
         changed = changes(folder, described) if begin.step else []
-        self.folder = RunFolder(folder, config.report, described, resumed_at=begin.step)
+        self.folder = RunFolder(
+            folder, config.report, described, resumed_at=begin.step, say=display.say
+        )
         display.say(
             f"{self.task.name}: run {begin.run_id}, steps {begin.step + 1} to {config.steps}; "
             f"trained: the policy ({config.correction.trained_policy}), "
@@ -397,7 +399,10 @@ class Leader:
 
     def finish(self) -> None:
         """At the end of a run that came to its end."""
-        self.display.say(f"curves: {draw_curves(self.folder.path)}")
+        try:
+            self.display.say(f"curves: {draw_curves(self.folder.path)}")
+        except OSError as error:  # of a full disk: `ead plot` draws them later
+            self.display.say(f"no curves: {error}")
 
     def close(self) -> None:
         """End what was started here."""

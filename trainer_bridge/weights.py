@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 import torch
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -130,7 +131,7 @@ class WeightPublisher:
         buckets = self._buckets(tensors, sent, as_they_are=lora_scale is not None)
         try:
             seconds = self._send(buckets, str(version), lora_scale)
-        except (EadError, OSError) as error:
+        except (EadError, OSError, SafetensorError) as error:
             raise WeightUpdateFailed(str(error), self._serving()) from error
         seconds["total"] = time.perf_counter() - started
         return SyncReport(str(version), seconds, sent["bytes"], sent["tensors"])
