@@ -42,6 +42,12 @@ class ServerConfig(Settings):
     patience_s: float = Field(
         600.0, gt=0, description="how long a server that went away may take to come back"
     )
+    silence_s: float = Field(
+        600.0,
+        gt=0,
+        description="how long an answer may send nothing before its connection counts as lost; "
+        "rollouts send something every 30 s, the rest of an aborted answer only all at once",
+    )
 
 
 class TrainConfig(Settings):

@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ead_client import Client, EadError
+from ead_client import Client, ConnectionFailed, EadError
+from ead_client._checks import error_of
 from ead_client._json import lines_of
 from trainer_bridge.broadcast import BroadcastGroup
 from trainer_bridge.errors import WeightUpdateFailed
@@ -270,7 +271,7 @@ class DistributedPublisher(WeightPublisher):
                 seconds: dict[str, float] = line["seconds"]
                 return seconds
             if "error" in line:
-                raise EadError(line["error"]["message"]) from failure
+                raise error_of(line, None) from failure  # as the same error outside of a stream
             try:
                 if line["do"] == "join":
                     group.join()
@@ -281,7 +282,7 @@ class DistributedPublisher(WeightPublisher):
             except RuntimeError as error:  # of torch.distributed; the server will say more
                 failure = error
                 group.close()
-        raise EadError("the server's answer broke off") from failure
+        raise ConnectionFailed("the server's answer broke off") from failure
 
     def _joinable_group(self) -> BroadcastGroup:
         """The group that the server is in, or a new one."""

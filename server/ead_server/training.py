@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -70,7 +71,10 @@ def server_for(
     """
     if config.url is not None:
         with Client(
-            config.url, api_key=_key("EAD_API_KEY"), admin_api_key=_key("EAD_ADMIN_API_KEY")
+            config.url,
+            api_key=_key("EAD_API_KEY"),
+            admin_api_key=_key("EAD_ADMIN_API_KEY"),
+            timeout=_timeout(config),
         ) as client:
             server = WaitedFor(client, config.patience_s)
             server.wait_until_ready()
@@ -86,9 +90,16 @@ def server_for(
         say(f"starting a server, log in {log}")
         process.wait_until_ready(config.patience_s)
         with Client(
-            process.url, api_key=process.api_key, admin_api_key=process.admin_api_key
+            process.url,
+            api_key=process.api_key,
+            admin_api_key=process.admin_api_key,
+            timeout=_timeout(config),
         ) as client:
             yield WaitedFor(client, config.patience_s)
+
+
+def _timeout(config: ServerConfig) -> httpx.Timeout:
+    return httpx.Timeout(config.silence_s, connect=5.0)
 
 
 def _key(variable: str) -> str | None:
