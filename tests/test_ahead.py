@@ -100,7 +100,7 @@ def test_a_failure_throws_away_nothing_that_was_generated(
 def test_answers_lost_with_the_server_come_from_the_same_weights_again(
     leader_of: Callable[..., Leader], record: Record
 ) -> None:
-    """What `rollout.one_version` waits for before a publication."""
+    """What `rollout.seeded` waits for before a publication."""
     record.fails = [1]
     leader = leader_of(1, Progress(0, 0, "run"))
     leader.publish(WEIGHTS, 0)

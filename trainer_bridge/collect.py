@@ -78,16 +78,17 @@ class RolloutConfig(Settings):
         0, ge=0, description="last tokens over which an answer loses reward (DAPO); 0: none"
     )
     overlong_factor: float = Field(1.0, ge=0, description="reward lost at max_new_tokens")
-    one_version: bool = Field(
-        False,
-        description="with staleness, publish only when no answer is in progress, so that the "
-        "tokens of each are all from the same weights and a run can be repeated",
-    )
     seeded: bool = Field(
         False,
-        description="every answer gets a seed of its own, so that a run can be repeated; "
-        "where the server honours seeds",
+        description="every answer gets a seed of its own, so that a run can be repeated, where "
+        "the server honours seeds; with staleness, new weights then wait for the answers in "
+        "progress, whose tokens would else be from two versions",
     )
+
+    @property
+    def versions_apart(self) -> bool:
+        """Whether weights are published only when no answer is in progress."""
+        return self.seeded and self.staleness > 0
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _run(
         collected = ranks.broadcast(leader.collect(step) if leader else None)
         with _timed(leader, "update"):
             metrics = trainer.update(collected.answers)
-        if leader is not None and config.rollout.one_version:
+        if leader is not None and config.rollout.versions_apart:
             leader.wait_for_asked()
         weights = _weights(trainer.policy, config)
         if leader is not None:
@@ -178,13 +178,13 @@ def _save(
 def _weights(policy: Policy, config: TrainConfig) -> Weights:
     """The policy's weights as they are now, as often as they are asked for.
 
-    Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU. With
-    `one_version` they are held too: a server that loses them after the next update gets them again.
+    Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU. So are those
+    that answers must be from which are still asked for after the next update.
     """
     adapters = policy.has_adapters and config.sync.sends_adapters
     named = policy.named_adapters if adapters else policy.named_weights
     scale = policy.lora_scale if adapters else None
-    if ranks.world_size() == 1 and not config.rollout.one_version:
+    if ranks.world_size() == 1 and not config.rollout.versions_apart:
         return Weights(named, scale)
     held = [
         (name, weight.detach().to("cpu", copy=True))
