@@ -87,6 +87,11 @@ class TrainConfig(Settings):
                 f"{self.correction.kind!r}: nothing says how far the policy has moved since the "
                 "answers; set update.old_logprobs='server', or a correction of mu's ratio"
             )
+        if "flash" in self.model.attention and self.model.compute_dtype == "float32":
+            raise ValueError(
+                f"model.attention {self.model.attention!r} takes no float32: set "
+                "model.compute_dtype='bfloat16'"
+            )
         rollout, evaluation = self.rollout, self.evaluation
         if rollout.overlong_buffer > rollout.max_new_tokens:
             raise ValueError(
@@ -155,15 +160,20 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise BadConfig("\n".join(map(_in_words, problems))) from None
+        raise BadConfig(in_words(error)) from None
 
 
-def _in_words(problem: ErrorDetails) -> str:
+def in_words(error: ValidationError, *above: str) -> str:
+    """What is wrong with settings of the sections `above`, a line each."""
+    return "\n".join(_in_words(problem, above) for problem in error.errors(include_url=False))
+
+
+def _in_words(problem: ErrorDetails, above: tuple[str, ...]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, (*above, *problem["loc"])))
     if not problem["loc"]:  # of settings together, which it names
-        return message
-    return f"{'.'.join(map(str, problem['loc']))}: {message}, got {problem['input']!r:.100}"
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message}, got {problem['input']!r:.100}"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, changes, check_folder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.run_lock import alone_in
-from trainer_bridge.start_checks import check_run, first_problem
+from trainer_bridge.start_checks import build_task, check_run, first_problem
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import Versions, new_run_id
 from trainer_bridge.weights import weight_publisher
@@ -228,7 +228,7 @@ class Leader:
         self.config = config
         self.server = server
         self.display = display
-        self.task = config.task.build()
+        self.task = build_task(config.task)
         check_run(config, self.task)
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = weight_publisher(server.client, config.sync)

@@ -28,7 +28,7 @@ from trainer_bridge.evaluate import evaluate
 from trainer_bridge.loop import train
 from trainer_bridge.report import Display
 from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.start_checks import check_evaluation, check_run
+from trainer_bridge.start_checks import build_task, check_evaluation, check_run
 
 # `--restart`: a server that dies comes back on the same port, with the same keys
 _COMMAND = (sys.executable, "-m", "ead_server.cli", "serve", "--restart")
@@ -115,14 +115,16 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
     device.choose()  # before anything imports transformers, see ead_sampler/device.py
     from transformers.utils import logging
 
-    config = _with_model(read_config(arguments))
+    config, leads = read_config(arguments), int(os.environ.get("RANK", "0")) == 0
+    if leads:  # before a model is pulled and a server is started
+        check_run(config, build_task(config.task))
+    config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # ours is enough
     with Display(_console(), config.steps) as display:
-        if int(os.environ.get("RANK", "0")) != 0:
+        if not leads:
             train(config, folder, None, display, resume=resume)
             return
-        check_run(config, config.task.build())  # before a server is started
         with server_for(config.server, config.model.path, folder, display.say) as server:
             train(config, folder, server, display, resume=resume)
 
@@ -130,11 +132,11 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
 def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None:
     """`ead eval`: see there. Everything but the result goes to stderr."""
     config = read_config(arguments)
+    task = build_task(config.task)
+    check_evaluation(config.evaluation, task)
     if config.server.url is None:  # else the model is that server's
         config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
-    task = config.task.build()
-    check_evaluation(config.evaluation, task)
     console = _console(stderr=True)
     with (
         server_for(config.server, config.model.path, folder, console.print) as server,
