@@ -148,6 +148,16 @@ def test_a_task_that_is_too_small_for_the_run_is_refused(
         check_run(read_config(arguments), task)
 
 
+@pytest.mark.parametrize(("share", "what"), [(1e-9, "evaluation"), (1 - 1e-9, "training")])
+def test_a_share_that_leaves_nothing_is_refused(share: float, what: str) -> None:
+    settings = "{min_digits=1, max_digits=1}"
+    parameters = f"{{dataset='products', settings={settings}, eval_share={share}}}"
+    config = read_config([f"task.parameters={parameters}", "evaluate_every=1"])
+    says = f"task.parameters.eval_share .* has too few different questions for {what}"
+    with pytest.raises(BadConfig, match=says):
+        check_run(config, build_task(config.task))
+
+
 def test_a_task_that_is_large_enough_is_not() -> None:
     check_run(read_config(["steps=100"]), Finite(train=800, held_out=0))
     check_run(read_config(["evaluate_every=1", "evaluation.problems=12"]), Finite(held_out=12))
