@@ -15,7 +15,7 @@ from ead_sampler import device
 from ead_server import training
 from trainer_bridge.config import read_config
 from trainer_bridge.errors import BadConfig
-from trainer_bridge.start_checks import check_evaluation, check_run
+from trainer_bridge.start_checks import build_task, check_evaluation, check_run
 
 # The longer the schedule is hot, the more the mean lowers it, in the end below what is allowed.
 LATE = "{tau_max=1.2, tau_min=0.02, decay=25, mean_matched={temperature=0.5, tokens=200}}"
@@ -52,6 +52,10 @@ LATE = "{tau_max=1.2, tau_min=0.02, decay=25, mean_matched={temperature=0.5, tok
             r"rollout.sampling.temperature: must be absent or 1 .*, got 0.7",
         ),
         (["rollout.sampling={top_k=1}"], r"rollout.sampling.top_k: must not be 1"),
+        (
+            ["model.attention=flash_attention_2"],
+            r"model.attention 'flash_attention_2' takes no float32: set model.compute_dtype=",
+        ),
         (["evaluation.reward_range=[1, 0]"], r"evaluation: reward_range: 1.0 is above 0.0"),
         (["evaluation.problems=0"], r"evaluation.problems: .*greater than or equal to 1, got 0"),
     ],
@@ -67,6 +71,39 @@ def test_a_schedule_is_checked_for_the_steps_of_the_run_alone() -> None:
     read_config([f"rollout.annealing={LATE}", "steps=2"])
     read_config(["rollout.annealing={preset='paper'}", "steps=100000"])
     read_config(["evaluation.annealing={preset='paper', step=3}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["task.parameters={dataset='nope'}"],
+            r"task.parameters: reasoning-gym refuses nope: .*not registered",
+        ),
+        (
+            ["task.parameters={dataset='products', eval_share=2.0}"],
+            r"task.parameters.eval_share: Input should be less than 1, got 2.0",
+        ),
+        (["task.kind=math"], r"task.parameters.path: Field required"),
+        (
+            ["task.kind=math", "task.parameters={path='none.jsonl'}"],
+            r"task.kind 'math': FileNotFoundError: .*none.jsonl",
+        ),
+        (["task.kind=no_such:Task"], r"task.kind 'no_such:Task': ModuleNotFoundError: "),
+        (["task.kind=json:dumps"], r"task.kind 'json:dumps': TypeError: .*missing 1 required"),
+    ],
+)
+def test_a_task_that_cannot_be_made_is_said_with_its_setting(
+    arguments: list[str], says: str
+) -> None:
+    with pytest.raises(BadConfig, match=says):
+        build_task(read_config(arguments).task)
+
+
+def test_a_tracker_that_is_not_installed_is_refused() -> None:
+    config = read_config(["report.tracker=wandb"])
+    with pytest.raises(BadConfig, match=r"report.tracker 'wandb' is not installed: pip install"):
+        check_run(config, Letters())
 
 
 class Finite(Letters):
@@ -109,6 +146,16 @@ def test_a_task_that_is_too_small_for_the_run_is_refused(
 ) -> None:
     with pytest.raises(BadConfig, match=says):
         check_run(read_config(arguments), task)
+
+
+@pytest.mark.parametrize(("share", "what"), [(1e-9, "evaluation"), (1 - 1e-9, "training")])
+def test_a_share_that_leaves_nothing_is_refused(share: float, what: str) -> None:
+    settings = "{min_digits=1, max_digits=1}"
+    parameters = f"{{dataset='products', settings={settings}, eval_share={share}}}"
+    config = read_config([f"task.parameters={parameters}", "evaluate_every=1"])
+    says = f"task.parameters.eval_share .* has too few different questions for {what}"
+    with pytest.raises(BadConfig, match=says):
+        check_run(config, build_task(config.task))
 
 
 def test_a_task_that_is_large_enough_is_not() -> None:

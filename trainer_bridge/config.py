@@ -42,6 +42,12 @@ class ServerConfig(Settings):
     patience_s: float = Field(
         600.0, gt=0, description="how long a server that went away may take to come back"
     )
+    silence_s: float = Field(
+        600.0,
+        gt=0,
+        description="how long an answer may send nothing before its connection counts as lost; "
+        "rollouts send something every 30 s, the rest of an aborted answer only all at once",
+    )
 
 
 class TrainConfig(Settings):
@@ -80,6 +86,11 @@ class TrainConfig(Settings):
                 f"rollout.staleness {self.rollout.staleness} with correction.kind "
                 f"{self.correction.kind!r}: nothing says how far the policy has moved since the "
                 "answers; set update.old_logprobs='server', or a correction of mu's ratio"
+            )
+        if "flash" in self.model.attention and self.model.compute_dtype == "float32":
+            raise ValueError(
+                f"model.attention {self.model.attention!r} takes no float32: set "
+                "model.compute_dtype='bfloat16'"
             )
         rollout, evaluation = self.rollout, self.evaluation
         if rollout.overlong_buffer > rollout.max_new_tokens:
@@ -149,15 +160,20 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise BadConfig("\n".join(map(_in_words, problems))) from None
+        raise BadConfig(in_words(error)) from None
 
 
-def _in_words(problem: ErrorDetails) -> str:
+def in_words(error: ValidationError, *above: str) -> str:
+    """What is wrong with settings of the sections `above`, a line each."""
+    return "\n".join(_in_words(problem, above) for problem in error.errors(include_url=False))
+
+
+def _in_words(problem: ErrorDetails, above: tuple[str, ...]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, (*above, *problem["loc"])))
     if not problem["loc"]:  # of settings together, which it names
-        return message
-    return f"{'.'.join(map(str, problem['loc']))}: {message}, got {problem['input']!r:.100}"
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message}, got {problem['input']!r:.100}"
 
 
 def _read(file: Path) -> dict[str, Any]:

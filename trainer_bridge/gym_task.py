@@ -17,13 +17,14 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from trainer_bridge.errors import BadConfig
 from trainer_bridge.tasks import Chat, Messages, Split, plain, split_of, stable_hash
 
 _BLOCK = 500  # problems of one seed; some datasets make all of their size at once
-_TRIES = 1000  # of a training problem
 # Draws in a row without a new held-out question after which there is taken to be none: about 300
 # of them fall into the split, which miss one question in 50 once in 400 times.
 _NOTHING_NEW, _MOST_DRAWS = 300, 20_000
+_LEAST_DRAWS = 1000  # for a training problem; more where nearly all questions are for evaluation
 # Of arithmetic and algebra, the numbers and the operators are the question.
 _TERMS = re.compile(r"\w*\d\w*(?:\.\d+)?|[-+*/^%<>&|~]")
 # Of reasoning-gym 0.1.25: what they make differs with the seed of Python's hashes.
@@ -108,20 +109,27 @@ class ReasoningGym(Chat):
 
     def _drawn(self, index: int) -> dict[str, Any]:
         block, offset = divmod(index, _BLOCK)
-        for attempt in range(_TRIES):
+        draws = max(_LEAST_DRAWS, math.ceil(30 / (1 - self.eval_share)))  # e^-30 miss by chance
+        for attempt in range(min(_MOST_DRAWS, draws)):
             seed = stable_hash("problem", self.seed, "train", block, attempt) % 2**31
             with _seeded_globals(seed):
                 entry: dict[str, Any] = self._data(seed)[offset]
             if self._split(entry) == "train":
                 return entry
-        raise ValueError(f"{self.name}: too few different questions for training")
+        raise self._too_few("training")
 
     def _held_out(self, index: int) -> dict[str, Any]:
         examples = frozenset(self._key(question) for question, _ in self.examples)
         found = _held_out_of(self.dataset, self._settings, self.eval_share, examples)
         if not found.has(0):
-            raise ValueError(f"{self.name}: too few different questions for evaluation")
+            raise self._too_few("evaluation")
         return found[index]
+
+    def _too_few(self, what: str) -> BadConfig:
+        return BadConfig(
+            f"task.parameters.eval_share {self.eval_share:g}: {self.name} has too few different "
+            f"questions for {what}"
+        )
 
     def _split(self, entry: dict[str, Any]) -> Split:
         """Questions of worked examples are none for evaluation."""

@@ -37,7 +37,7 @@ from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, changes, check_folder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.run_lock import alone_in
-from trainer_bridge.start_checks import check_run, first_problem
+from trainer_bridge.start_checks import build_task, check_run, first_problem
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import Versions, new_run_id
 from trainer_bridge.weights import weight_publisher
@@ -228,7 +228,7 @@ class Leader:
         self.config = config
         self.server = server
         self.display = display
-        self.task = config.task.build()
+        self.task = build_task(config.task)
         check_run(config, self.task)
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = weight_publisher(server.client, config.sync)
@@ -238,7 +238,9 @@ class Leader:
         )
         described = config.model_dump(mode="json")
         changed = changes(folder, described) if begin.step else []
-        self.folder = RunFolder(folder, config.report, described, resumed_at=begin.step)
+        self.folder = RunFolder(
+            folder, config.report, described, resumed_at=begin.step, say=display.say
+        )
         display.say(
             f"{self.task.name}: run {begin.run_id}, steps {begin.step + 1} to {config.steps}; "
             f"trained: the policy ({config.correction.trained_policy}), "
@@ -397,7 +399,10 @@ class Leader:
 
     def finish(self) -> None:
         """At the end of a run that came to its end."""
-        self.display.say(f"curves: {draw_curves(self.folder.path)}")
+        try:
+            self.display.say(f"curves: {draw_curves(self.folder.path)}")
+        except OSError as error:  # of a full disk: `ead plot` draws them later
+            self.display.say(f"no curves: {error}")
 
     def close(self) -> None:
         """End what was started here."""

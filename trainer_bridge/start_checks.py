@@ -5,10 +5,14 @@ What the settings alone decide, TrainConfig refuses; here is what the task decid
 
 from __future__ import annotations
 
-from trainer_bridge.config import TrainConfig
+from importlib.util import find_spec
+
+from pydantic import ValidationError
+
+from trainer_bridge.config import TrainConfig, in_words
 from trainer_bridge.errors import BadConfig
 from trainer_bridge.evaluate import EvaluationConfig, held_out, question
-from trainer_bridge.tasks import Task
+from trainer_bridge.tasks import Task, TaskConfig
 
 
 def first_problem(seed: int) -> int:
@@ -16,9 +20,22 @@ def first_problem(seed: int) -> int:
     return seed << 20
 
 
+def build_task(config: TaskConfig) -> Task:
+    """The task. Raises BadConfig for whatever keeps it from being made."""
+    try:
+        return config.build()
+    except ValidationError as error:
+        raise BadConfig(in_words(error, "task", "parameters")) from None
+    except Exception as error:  # of a user's module, class or parameters
+        raise BadConfig(f"task.kind {config.kind!r}: {type(error).__name__}: {error}") from error
+
+
 def check_run(config: TrainConfig, task: Task) -> None:
     """Raises BadConfig for a task that has too few problems for the run, or asks in evaluation what
-    it also trains on (as far as the first step shows)."""
+    it also trains on (as far as the first step shows), and for a tracker that is not installed."""
+    tracker = config.report.tracker
+    if tracker is not None and find_spec(tracker) is None:
+        raise BadConfig(f"report.tracker {tracker!r} is not installed: pip install {tracker}")
     first, per_step = first_problem(config.seed), config.rollout.prompts_per_step
     needed = config.steps * per_step
     if not _has(task, first + needed - 1):
