@@ -6,9 +6,7 @@ RUN pip wheel --no-deps -w /wheels .
 
 FROM lmsysorg/sglang:v0.5.23
 COPY --from=build /wheels /wheels
-# the second line: what the conversion of the embedded model needs
-RUN pip install "$(ls /wheels/ead-*.whl)[trainer]" \
-    && pip install gguf accelerate && rm -r /wheels
+RUN pip install "$(ls /wheels/ead-*.whl)[trainer]" && rm -r /wheels
 WORKDIR /app
 COPY docker/with-keys.sh docker/with-keys.sh
 COPY examples examples

@@ -49,7 +49,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU")
 
 
-MAY_BE_MISSING = ("needs a GPU", "no Chromium")
+MAY_BE_MISSING = ("needs a GPU", "needs root", "no Chromium")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +93,124 @@ def test_the_command_gets_the_keys_that_there_are(built: dict[str, Any], tmp_pat
         assert command.startswith("ead ")
     (tmp_path / "api_key").write_text("secret")
     (tmp_path / "admin_api_key").touch()
-    told = subprocess.run(
-        ["/bin/sh", str(ROOT / "docker" / "with-keys.sh"), "echo $EXTRA $EAD_API_KEY_FILE; env"],
-        env={"SECRETS": str(tmp_path), "EXTRA": "--tp 2", "PATH": "/usr/bin:/bin"},
+    told = with_keys("echo $EXTRA $EAD_API_KEY_FILE", tmp_path, EXTRA="--tp 2").stdout
+    assert told == f"--tp 2 {tmp_path}/api_key\n"
+    assert "EAD_ADMIN_API_KEY_FILE" not in with_keys("env", tmp_path).stdout
+
+
+def with_keys(command: str, secrets: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/sh", str(ROOT / "docker" / "with-keys.sh"), command],
+        env={"SECRETS": str(secrets), "PATH": "/usr/bin:/bin", **environ},
         capture_output=True,
         text=True,
-    ).stdout
-    assert told.startswith(f"--tp 2 {tmp_path}/api_key")
-    assert "EAD_ADMIN_API_KEY_FILE" not in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("", []),
+        ("--tp 2", ["--tp", "2"]),
+        ("--model-path '/models/my model'", ["--model-path", "/models/my model"]),
+        ('--override {\\"a\\":1}', ["--override", '{"a":1}']),
+        ("""--override '{"a": [1, "x y"]}'""", ["--override", '{"a": [1, "x y"]}']),
+        ("a $(touch made) `touch made`; touch made", None),
+        ("* $HOME ~", ["*", "$HOME", "~"]),
+    ],
+)
+def test_arguments_are_a_shell_s_words_and_nothing_of_them_is_run(
+    given: str, words: list[str] | None, tmp_path: Path
+) -> None:
+    code = "import sys; print(sys.argv[2:])"
+    ran = with_keys(f"python3 -c '{code}' first $EAD_ARGS", tmp_path, EAD_ARGS=given)
+    assert ran.returncode == 0, ran.stderr
+    told = ast.literal_eval(ran.stdout)
+    assert told == (given.split() if words is None else words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quote_that_does_not_end_is_told(tmp_path: Path) -> None:
+    ran = with_keys("echo $EAD_ARGS", tmp_path, EAD_ARGS="--model-path 'x")
+    assert ran.returncode == 1
+    assert ran.stderr == "with-keys.sh: No closing quotation: echo --model-path 'x\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_keys_that_are_their_owner_s_alone_reach_the_image_s_user(tmp_path: Path) -> None:
+    """Secrets are mounted as they are: another user's, mode 600."""
+    key = tmp_path / "api_key"
+    key.write_text("secret")
+    key.chmod(0o600)
+    os.chown(key, 4321, 4321)
+    ran = with_keys(
+        "sh -c 'id -un; cat $EAD_API_KEY_FILE; echo; echo $EAD_API_KEY_FILE'",
+        tmp_path,
+        RUN_AS="nobody",
+    )
+    user, told, copy = ran.stdout.split()
+    assert (user, told) == ("nobody", "secret")
+    mode = os.stat(copy)
+    assert (mode.st_mode & 0o777, mode.st_uid) == (0o400, 65534)
+    shutil.rmtree(Path(copy).parent)
+
+
+def test_whoever_reads_keys_may(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        if "secrets" in service:
+            assert service["user"] == "root", name
+
+
+def sent_to_docker(paths: Iterable[str]) -> set[str]:
+    """Those of the paths that .dockerignore leaves, by Docker's rules: the last pattern that a path
+    or a folder above it matches decides."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = []
+    for line in lines:
+        pattern = line.removeprefix("!").strip("/")
+        if not pattern or pattern.startswith("#"):
+            continue
+        text = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+        rules.append((re.compile(text), not line.startswith("!")))
+    left = set()
+    for path in paths:
+        above = [path, *map(str, Path(path).parents)][:-1]
+        ignored = False
+        for rule, ignores in rules:
+            if any(rule.fullmatch(each) for each in above):
+                ignored = ignores
+        if not ignored:
+            left.add(path)
+    return left
+
+
+def test_images_hold_the_project_and_no_keys_of_the_checkout() -> None:
+    keys = [
+        "key",
+        "api_key",
+        "my-key.txt",
+        "admin.key",
+        "tls.pem",
+        ".env",
+        "secrets.txt",
+        "data.jsonl",
+    ]
+    folders = ["", "docker/", "server/", "server/ead_server/", "examples/", "keys/", "runs/"]
+    lying = {
+        f"{folder}{key}" for folder in folders for key in keys if key != "data.jsonl" or not folder
+    }
+    lying |= {"keys/mine", "runs/model.safetensors", ".git/config", ".venv/pyvenv.cfg"}
+    assert sent_to_docker(lying) == set()
+    packages = ("ead_sampler", "server", "client", "trainer_bridge", "examples")
+    needed = {
+        str(path.relative_to(ROOT))
+        for package in packages
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    needed |= {"Makefile", "README.md", "pyproject.toml", "requirements-cpu.txt"}
+    needed |= {"docker/with-keys.sh"}
+    assert sent_to_docker(needed) == needed
 
 
 def steps_of(dockerfile: str) -> list[str]:

@@ -17,8 +17,10 @@ import pytest
 import torch
 import xgrammar
 from conftest import TINY_FLAGS, Reference
+from helpers.answers import gaps
 from safetensors.torch import save_file
 from scipy import stats
+from test_kinds_served import WITH_STATE, check_all_kinds
 from test_server import (
     FAST,
     LOGPROB_TOLERANCE,
@@ -26,9 +28,12 @@ from test_server import (
     expected_temperatures,
     post,
 )
+from test_weights import config, named_tensors, perturbed
 
-from ead_client import Rollout
+from ead_client import Client, Rollout
 from ead_server.process import ServerProcess
+from trainer_bridge import weight_publisher
+from trainer_bridge.errors import WeightUpdateFailed
 
 PROMPT = [5, 6, 7]
 
@@ -540,17 +545,18 @@ def test_an_embedding_server_embeds_and_refuses_to_generate(start: Any) -> None:
 
 
 def test_parallel_ranks_anneal_exactly_and_draw_differently(
-    start: Any, reference: Reference
+    start: Any, reference: Reference, tmp_path: Path
 ) -> None:
     """Two data-parallel ranks of two tensor-parallel ranks each.
 
     The two of one model sample each for itself, so they must draw alike: else what one of them
     computes next is about another token, and no log-probability is right. Two data-parallel ranks
-    must not, or a group of 8 answers, 4 to a rank, holds each answer twice.
+    must not, or a group of 8 answers, 4 to a rank, holds each answer twice. Kinds with state are
+    among the answers, with prompts of more than one chunk, and new weights reach all four ranks.
     """
     cores = sorted(os.sched_getaffinity(0))
     binding = f"{cores[0]}|{cores[-1]}"  # SGLang wants it said where each rank computes
-    flags = ("--tp", "2", "--dp", "2")
+    flags = ("--tp", "2", "--dp", "2", "--chunked-prefill-size", "64", "--enable-mixed-chunk")
     with start(*flags, SGLANG_CPU_OMP_THREADS_BIND=f"{binding}|{binding}") as process:
         process.wait_until_ready()
         with ThreadPoolExecutor(8) as pool:
@@ -565,6 +571,26 @@ def test_parallel_ranks_anneal_exactly_and_draw_differently(
         log = process.log.read_text(errors="replace")
         for rank in ("DP0 TP0", "DP1 TP0"):
             assert re.search(rf"{rank}\] Decode batch", log), rank  # each had its share
+        check_all_kinds(process, reference, 4 * len(WITH_STATE), WITH_STATE)
+        with Client(process.url, admin_api_key=process.admin_api_key, timeout=120) as client:
+            for seed, way in enumerate(("tensors", "disk")):
+                new = perturbed(reference, seed)
+                publisher = weight_publisher(client, config(way, tmp_path / "weights"))
+                publisher.publish(named_tensors(new), way)
+                check_served(client, new, way)
+            publisher = weight_publisher(client, config("distributed", tmp_path))
+            with pytest.raises(WeightUpdateFailed, match="no broadcast to data-parallel replicas"):
+                publisher.publish(named_tensors(reference.model), "distributed")
+            check_served(client, new, way)
+
+
+def check_served(client: Client, model: Any, version: str) -> None:
+    """By all ranks: 8 answers are on either of two replicas."""
+    (group,) = client.rollouts(["def "], n=8, annealing=FAST, max_new_tokens=12).groups
+    for answer in group.answers:
+        assert answer.rollout is not None
+        assert answer.rollout.weight_version == version
+        assert gaps(answer.rollout, model).max() < LOGPROB_TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
@@ -17,8 +18,9 @@ import psutil
 import pytest
 import torch
 import toys
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, Reference
 from rich.console import Console
+from safetensors.torch import load_file
 from scipy import stats
 from test_server import expected_temperatures
 from toys import Letters
@@ -36,6 +38,7 @@ from trainer_bridge.policy import ModelConfig, load_policy
 from trainer_bridge.report import Display, read_metrics
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import RewardConfig
+from trainer_bridge.trainer import ScoredAnswers, Trainer
 from trainer_bridge.versions import Versions
 
 VERSIONS = Versions("test")
@@ -179,26 +182,39 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(go: Any) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(
     client: Client, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    """The metrics of four steps that nothing disturbed."""
+) -> Path:
+    """The folder of a run of four steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = read_config(settings(tiny_model))
     with Display(Console(stderr=True), config.steps) as display:
         train(config, folder, WaitedFor(client, 60), display)
-    return read_metrics(folder)
+    return folder
 
 
-def assert_same_run(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
-    assert len(got) == len(want) == 4
-    for ours, theirs in zip(repeatable(got), repeatable(want), strict=True):
+def assert_same_run(got: Path, want: Path, model: Path) -> None:
+    """Metrics of every step, and the weights that it ended with.
+
+    How answers are batched changes the last digits of float32 numbers, and Adam makes whole steps
+    of the smallest gradients: hence not bit by bit.
+    """
+    entries = [repeatable(read_metrics(folder)) for folder in (got, want)]
+    assert len(entries[0]) == len(entries[1]) == 4
+    for ours, theirs in zip(*entries, strict=True):
         assert ours == pytest.approx(theirs, rel=5e-3, abs=1e-4)
+    first, ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (model, got / "model", want / "model")
+    )
+    assert first.keys() == ours.keys() == theirs.keys()
+    off = math.sqrt(sum(float((ours[n] - theirs[n]).square().sum()) for n in first))
+    way = math.sqrt(sum(float((theirs[n] - first[n]).square().sum()) for n in first))
+    assert off < 1e-4 * way  # 6e-6 and 8e-6, on two processes, are measured
 
 
 @pytest.mark.parametrize("where", ["update", "checkpoint", "sync"])
 def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(
     where: str,
     go: Any,
-    uninterrupted: list[dict[str, Any]],
+    uninterrupted: Path,
     server: ServerProcess,
     tiny_model: Path,
     tmp_path: Path,
@@ -210,17 +226,18 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(
     killed = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert 0 < len(read_metrics(folder)) < 4
-    assert_same_run(go(folder=folder, resume=True), uninterrupted)
+    go(folder=folder, resume=True)
+    assert_same_run(folder, uninterrupted, tiny_model)
     assert not list((folder / "checkpoints").glob("*.partial"))
 
 
 def test_two_processes_run_as_one_does(
-    uninterrupted: list[dict[str, Any]], server: ServerProcess, tiny_model: Path, tmp_path: Path
+    uninterrupted: Path, server: ServerProcess, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "ead_server.cli", "train", "--folder", str(folder)]
-    command += settings(tiny_model, f"server.url={server.url}")
+    command += settings(tiny_model, f"server.url={server.url}", "sync.way=distributed")
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environ = {
         **os.environ,
@@ -230,11 +247,11 @@ def test_two_processes_run_as_one_does(
     }
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert_same_run(read_metrics(folder), uninterrupted)
+    assert_same_run(folder, uninterrupted, tiny_model)
 
 
 def test_server_and_trainer_killed_and_the_run_goes_on(
-    uninterrupted: list[dict[str, Any]], tiny_model: Path, tmp_path: Path
+    uninterrupted: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """`ead train` with a server of its own: the scheduler is killed after the first step, and comes
     back; the trainer after the second, and its server ends too; the run is resumed."""
@@ -273,18 +290,59 @@ def test_server_and_trainer_killed_and_the_run_goes_on(
         [*command, "--resume"], env=environ, capture_output=True, text=True, timeout=300
     )
     assert second.returncode == 0, second.stdout + second.stderr
-    assert_same_run(read_metrics(folder), uninterrupted)
+    assert_same_run(folder, uninterrupted, tiny_model)
 
 
 # --- pipelined -----------------------------------------------------------------------------------
 
 
-def test_answers_generated_ahead_are_as_stale_as_allowed_and_no_more(go: Any) -> None:
+def test_answers_generated_ahead_are_as_stale_as_allowed_and_trained_on_as_what_they_are(
+    go: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update gets each token with the numbers of the weights that it was sampled from, and says
+    how far its own have gone since."""
+    updates: list[tuple[dict[str, torch.Tensor], ScoredAnswers, dict[str, float]]] = []
+    update = Trainer.update
+
+    def watched(trainer: Trainer, answers: ScoredAnswers) -> dict[str, float]:
+        weights = {name: w.clone() for name, w in trainer.policy.named_weights()}
+        updates.append((weights, answers, update(trainer, answers)))
+        return updates[-1][2]
+
+    monkeypatch.setattr(Trainer, "update", watched)
     entries = go("rollout.staleness=1", "rollout.max_new_tokens=40", "steps=5")
     staleness = [entry["rollout/staleness"] for entry in entries]
     assert staleness[0] == 0
     assert all(0 <= value <= 1 for value in staleness)
     assert sum(staleness) > 1  # begun before the update that they waited for
+
+    model = Reference(go.model)
+
+    @torch.no_grad()
+    def logprobs(step: int, sample: Sample) -> np.ndarray:
+        """Of the weights that the update of `step` begins with."""
+        model.model.load_state_dict(updates[step][0])
+        answer = sample.token_ids[sample.prompt_length :]
+        rows = model.logits(sample.token_ids[: sample.prompt_length], answer).log_softmax(-1)
+        return rows.gather(1, torch.from_numpy(answer)[:, None]).squeeze(1).numpy()
+
+    drifted = 0
+    for step, (_, answers, metrics) in enumerate(updates):
+        drifts = []
+        assert len(answers.behind) == len(answers.samples)
+        for sample, behind in zip(answers.samples, answers.behind, strict=True):
+            now = logprobs(step, sample)
+            then = logprobs(step - behind, sample)
+            gaps = np.minimum(abs(sample.model_logprobs - now), abs(sample.model_logprobs - then))
+            assert gaps.max() < 1e-4
+            assert abs(sample.model_logprobs - then)[0] < 1e-4  # its oldest token
+            drifts += list(abs(sample.model_logprobs - now)) if behind else []
+        if drifts:
+            drifted += 1
+            assert metrics["policy/drift"] == pytest.approx(np.mean(drifts), rel=0.01)
+            assert metrics["policy/drift"] > 1e-3
+        assert metrics.get("policy/mismatch", 0) < 1e-4
+    assert drifted
 
 
 # --- what fails is dropped and counted -----------------------------------------------------------

@@ -114,7 +114,7 @@ def test_incremental_streams_carry_every_token_once(
     for index in range(2):
         choices = [c for chunk in chunks for c in chunk.choices if c.index == index]
         parts = [choice.rollout for choice in choices if choice.rollout is not None]
-        whole = parts[0].model_copy(
+        whole = parts[-1].model_copy(
             update={
                 name: np.concatenate([getattr(part, name) for part in parts])
                 for name in ("token_ids", "temperatures", "logprobs", "model_logprobs")

@@ -194,7 +194,7 @@ class TensorPublisher(WeightPublisher):
         query = f"version={quote(version, safe='')}&pause={self.config.pause}"
         route = f"/v1/weights/tensors?{query}"
         if lora_scale is not None:
-            route = f"/v1/weights/adapters?{query}&scale={lora_scale!r}"
+            route = f"/v1/weights/adapters?{query}&scale={quote(repr(lora_scale))}"
         answer = self.client.request("POST", route, content=_frames(buckets), admin=True)
         seconds: dict[str, float] = answer.json()["seconds"]
         return seconds

@@ -434,7 +434,15 @@ def _said_plainly() -> Iterator[None]:
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "ead").startswith(("ead", "trainer_bridge")):  # a mistake of ours
+            raise
+        raise SystemExit(
+            f"ead: {error.name} is not installed, and this command needs it: pip install "
+            "'ead[server]' to serve on this machine, 'ead[trainer]' to train or to draw schedules"
+        ) from None
 
 
 if __name__ == "__main__":
