@@ -59,7 +59,7 @@ SETTINGS = (
     "update.tokens_per_forward=400",
     "reward.workers=1",
     "evaluate_every=5",
-    "evaluation={problems=4, n=2, max_new_tokens=16, temperature=0.0}",
+    "evaluation={problems=4, n=2, max_new_tokens=16}",
     "report.tensorboard=true",
 )
 CLOSE = {"rel": 5e-3, "abs": 1e-4}  # of metrics: float32, in batches of other sizes

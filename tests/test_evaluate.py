@@ -147,6 +147,9 @@ def test_an_evaluation_reports_the_estimates_of_the_answers_it_got(
     )
     assert Evaluation.model_validate_json(got.model_dump_json()) == got
 
+    at_once = config.model_copy(update={"answers_per_request": 4096})
+    assert evaluate(listening, Letters(), rewards, at_once).rewards == got.rewards  # seeded
+
 
 def test_a_fixed_temperature_stays_fixed_whatever_the_server_s_default_is(
     listening: Listening, rewards: RewardRunner

@@ -48,7 +48,13 @@ class EvaluationConfig(Settings):
         "know; wider where wider rewards are seen",
     )
     confidence: float = Field(default=0.95, gt=0, lt=1, description="of the intervals")
-    seed: int = Field(default=0, ge=0, description="of the resampling of problems, not of answers")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=1 << 32,
+        description="of the resampling of problems, and, where the server honours seeds, of the "
+        "answers: the same weights then evaluate the same",
+    )
     answers_per_request: int = Field(
         default=MOST_ANSWERS, ge=1, description="at most; `ead serve --max-answers` is as many"
     )
@@ -182,6 +188,8 @@ def _answers(
 ) -> Iterator[tuple[int, Group]]:
     """Each group with its problem's position, as it completes."""
     sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+    if config.temperature > 0:
+        sampling["sampling_seed"] = config.seed
     annealing = config.annealing
     if config.temperature == 0.0:
         sampling["temperature"] = 0.0
