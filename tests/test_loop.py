@@ -210,9 +210,16 @@ def assert_same_run(got: Path, want: Path, model: Path) -> None:
     assert off < 1e-4 * way  # 6e-6 and 8e-6, on two processes, are measured
 
 
-@pytest.mark.parametrize("where", ["update", "checkpoint", "sync"])
+# beside an evaluation at other temperatures, for all of it see benchmarks.interrupted
+AHEAD = ("rollout.staleness=1", "evaluate_every=1", "evaluation={problems=2, n=2, temperature=0.0}")
+
+
+@pytest.mark.parametrize(
+    ("where", "more"), [("update", ()), ("checkpoint", ()), ("sync", ()), ("update", AHEAD)]
+)
 def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(
     where: str,
+    more: tuple[str, ...],
     go: Any,
     uninterrupted: Path,
     server: ServerProcess,
@@ -220,13 +227,17 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
+    if more:
+        go(*more, folder=tmp_path / "whole")
+        uninterrupted = tmp_path / "whole"
     script = Path(__file__).parent / "killed_run.py"
-    command = [sys.executable, str(script), where, server.url, str(folder), *settings(tiny_model)]
+    command = [sys.executable, str(script), where, server.url, str(folder)]
+    command += settings(tiny_model, *more)
     environ = {**os.environ, "EAD_ADMIN_API_KEY": server.admin_api_key}
     killed = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert 0 < len(read_metrics(folder)) < 4
-    go(folder=folder, resume=True)
+    go(*more, folder=folder, resume=True)
     assert_same_run(folder, uninterrupted, tiny_model)
     assert not list((folder / "checkpoints").glob("*.partial"))
 
