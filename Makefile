@@ -40,7 +40,7 @@ demo: venv ## serve, chat, train, and one picture of it
 	@$(BIN)/ead demo
 test: export EAD_NO_SKIPS = 1
 test: check .venv/clients/.ready ## format, lint and types, then all tests, most on a real server
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: venv ## the tests that need no server: minutes
 	@$(BIN)/python -m pytest -m "not server"

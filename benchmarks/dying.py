@@ -98,10 +98,12 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """In time, nothing left, and with the status that a shell would give."""
-        if self.case.number in TO_END:
-            return self.seconds <= LIMIT_SECONDS and not self.left and self.status == 0
-        return self.seconds <= LIMIT_SECONDS and not self.left and self.status != 0
+        """In time, nothing left, and with the status that a shell would give. One that was told to
+        end before a worker died ends as it was told."""
+        ends = self.case.number in TO_END or (
+            self.case.process == WORKER and self.case.state == "draining"
+        )
+        return self.seconds <= LIMIT_SECONDS and not self.left and (self.status == 0) == ends
 
 
 def tried(case: Case, server: ServerProcess, model: Path) -> Row:
@@ -122,14 +124,15 @@ def tried(case: Case, server: ServerProcess, model: Path) -> Row:
         except TimeoutError:
             saw = "nothing"
         heard = time.monotonic() - moment
-        if case.process == WORKER:
+        replaced = case.process in REPLACED and case.state != "draining"
+        if case.process == WORKER and replaced:
             family = [target]
         while running(family) and time.monotonic() < moment + 3 * LIMIT_SECONDS:
             server.process.poll()
             time.sleep(0.1)
         gone = time.monotonic() - moment
         left = tuple(" ".join(p.cmdline())[:60] or "?" for p in running(family))
-        if case.process in REPLACED:
+        if replaced:
             if case.state == "paused":  # the engine stands still, whoever answers for it
                 wait_for(lambda: ask(server, {}, "/continue_generation") == "200", 120)
             wait_for(lambda: ask(server) == "200", 120)  # by another, or by its successor

@@ -97,6 +97,13 @@ HOOKS = (
         "one row of NaN ends the server, with all that it was generating",
     ),
     Hook(
+        "sglang.srt.layers.sampler.Sampler._sample_from_probs",
+        "self probs sampling_info positions simple_sampling_case",
+        "AROUND",
+        "ead_sampler.seeds:draw",
+        "a seed gives other tokens beside a request with cuts; beside min_p it ends the server",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
         "self batch result",
         "BEFORE",

@@ -298,20 +298,28 @@ def _sampled_values(
 def kept_mass(
     probs: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, *, renormalised: bool = False
 ) -> Tensor:
-    """Total probability of the tokens that SGLang's sampler keeps: [B, V] -> [B].
-
-    Kept are the first top_k tokens in order of probability, as long as the tokens before them
-    sum to at most top_p, and of those the ones with at least min_p times the highest probability.
-    renormalised: top_p counts within what top_k left, rather than within the whole vocabulary.
-    """
+    """Total probability of the tokens that SGLang's sampler keeps, see `kept`: [B, V] -> [B]."""
     ordered = probs.sort(dim=-1, descending=True).values
+    return (ordered * kept(ordered, top_ks, top_ps, min_ps, renormalised=renormalised)).sum(-1)
+
+
+def kept(
+    ordered: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, *, renormalised: bool = False
+) -> Tensor:
+    """Which tokens SGLang's sampler keeps of each row: bool [B, V].
+
+    ordered: float [B, V], the highest probability first. Kept are the first top_k tokens, as long
+    as the tokens before them sum to at most top_p, and of those the ones with at least min_p times
+    the highest probability. renormalised: top_p counts within what top_k left, rather than within
+    the whole vocabulary.
+    """
     before = ordered.cumsum(dim=-1) - ordered
-    kept = torch.arange(ordered.shape[-1], device=probs.device) < top_ks.view(-1, 1)
+    kept = torch.arange(ordered.shape[-1], device=ordered.device) < top_ks.view(-1, 1)
     if renormalised:
         before = before / (ordered * kept).sum(-1, keepdim=True)
     kept &= before <= top_ps.view(-1, 1)
     kept &= ordered >= ordered[:, :1] * min_ps.view(-1, 1)
-    return (ordered * kept).sum(-1)
+    return kept
 
 
 def _renormalises(info: Any) -> bool:

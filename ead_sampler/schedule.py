@@ -229,16 +229,16 @@ def parse_annealing(raw: object) -> Annealing:
         raise _describe(kind, first) from None
 
 
-def check_all_steps(raw: dict[str, Any]) -> None:
+def check_all_steps(raw: dict[str, Any], *, last: int = MAX_STEP) -> None:
     """As `parse_annealing`, for a schedule that is used step after step: where it names no step, it
-    must be right at whichever comes. Raises AnnealingError that names the step.
+    must be right at whichever comes, up to the last. Raises AnnealingError that names the step.
 
-    Looked at are 0 and all powers of two, since what grows with the step grows evenly.
+    Looked at are 0, all powers of two and the last, since what grows with the step grows evenly.
     """
     parse_annealing(raw)
     if raw.get("step") is not None:
         return
-    for step in [0, *(1 << power for power in range(MAX_STEP.bit_length())), MAX_STEP]:
+    for step in [0, *(1 << power for power in range(last.bit_length())), last]:
         try:
             parse_annealing({**raw, "step": step})
         except AnnealingError as error:

@@ -33,12 +33,15 @@ TINY_FLAGS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs a running server, so that the rest can be run beside it."""
+    """Marks what needs a running server: one worker runs all of it, and others the rest (`make
+    test`). What has so many seconds to end comes last, when the machine has nothing else to do."""
     for item in items:
         module: Any = getattr(item, "module", None)
         starts_one = "ServerProcess" in vars(module)
         if starts_one or "server" in getattr(item, "fixturenames", ()):
             item.add_marker("server")
+            item.add_marker(pytest.mark.xdist_group("server"))
+    items.sort(key=lambda item: item.path.name == "test_dying.py")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_update import answers
 from trainer_bridge import checkpoint, ranks
 from trainer_bridge.advantages import AdvantageConfig
 from trainer_bridge.checkpoint import Progress
+from trainer_bridge.collected import Collected
 from trainer_bridge.corrections import CorrectionConfig
 from trainer_bridge.errors import BadConfig
 from trainer_bridge.losses import LossConfig
@@ -55,12 +57,17 @@ def trained(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_a_run_goes_on_bit_for_bit(
     lora: LoraConfig | None, made: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    """Weights, moments, warm-up: two updates, a checkpoint, two more."""
+    """Weights, moments, warm-up: two updates, a checkpoint, two more of answers that were there
+    when it was written."""
     whole = made(lora)
     scored = [answers(whole.policy, seed) for seed in range(4)]
     for batch in scored[:2]:
         whole.update(batch)
-    checkpoint.save(tmp_path, whole, Progress(2, 7, "run", {"reward/mean": 0.5}), keep=2)
+    ahead = tuple(
+        Collected(batch, position, {"rollout/answers": 1.0}, ("a\nb", "\u2028"))
+        for position, batch in enumerate(scored[2:], start=8)
+    )
+    checkpoint.save(tmp_path, whole, Progress(2, 7, "run", {"reward/mean": 0.5}, ahead), keep=2)
     for batch in scored[2:]:
         whole.update(batch)
 
@@ -70,9 +77,12 @@ def test_a_run_goes_on_bit_for_bit(
             if weight.requires_grad:
                 weight.add_(1.0)  # nothing of what it was made with is left
     progress = checkpoint.load(tmp_path, resumed, said.append)
-    assert progress == Progress(2, 7, "run", {"reward/mean": 0.5})
-    for batch in scored[2:]:
-        resumed.update(batch)
+    assert progress is not None
+    assert replace(progress, ahead=()) == Progress(2, 7, "run", {"reward/mean": 0.5})
+    for kept, step in zip(progress.ahead, ahead, strict=True):
+        assert replace(kept, answers=step.answers) == step
+        assert list(kept.answers.group_ids) == list(step.answers.group_ids)
+        resumed.update(kept.answers)
     got, want = trained(resumed), trained(whole)
     assert all(torch.equal(got[name], weight) for name, weight in want.items())
     assert not said

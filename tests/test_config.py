@@ -101,3 +101,28 @@ def test_sampling_parameters_with_a_setting_of_their_own_are_refused(
     with pytest.raises(BadConfig, match=f"rollout.sampling: .*{name} is set by {setting}"):
         read_config([f"rollout.sampling={{{name}=3}}"])
     assert read_config(["rollout.sampling={top_p=0.9}"]).rollout.sampling == {"top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("setting", "neutral"),
+    [
+        ("top_p=0.9", "top_p=1.0"),
+        ("top_k=20", "top_k=-1"),
+        ("min_p=0.05", "min_p=0.0"),
+        ("repetition_penalty=1.1", "repetition_penalty=1.0"),
+        ("frequency_penalty=0.5", "frequency_penalty=0.0"),
+        ("presence_penalty=-0.5", "presence_penalty=0.0"),
+        ("min_new_tokens=4", "min_new_tokens=0"),
+        ("logit_bias={'5'=1.0}", "logit_bias={}"),
+        ("regex='a+'", "stop='b'"),
+    ],
+)
+def test_the_tempered_policy_is_trained_on_what_it_would_sample_alone(
+    setting: str, neutral: str
+) -> None:
+    """Else the ratio of mu to the trained policy, which this correction takes for 1, is not."""
+    name = setting.partition("=")[0]
+    with pytest.raises(BadConfig, match=f"rollout.sampling.{name} .* correction.kind 'annealed'"):
+        read_config(["correction.kind=annealed", f"rollout.sampling={{{setting}}}"])
+    read_config(["correction.kind=annealed", f"rollout.sampling={{{neutral}}}"])
+    read_config([f"rollout.sampling={{{setting}}}"])

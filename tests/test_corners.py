@@ -381,6 +381,31 @@ def test_a_seed_decides_the_tokens_whoever_else_is_in_the_batch(
     assert len(set(ids)) == 5  # the rest differ: from it, and from each other
 
 
+SEEDED = [
+    {},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"top_k": 5},
+    {"top_k": 30, "top_p": 0.8, "min_p": 0.1},
+]
+
+
+def test_a_seed_decides_the_tokens_also_beside_requests_with_cuts(
+    server: ServerProcess, reference: Reference
+) -> None:
+    """SGLang draws all rows of a batch in another way when one has cuts, and ends when that one has
+    min_p. Each is alone first; then all are together, with greedy and unseeded ones."""
+    seeded = [{**cuts, "sampling_seed": 7} for cuts in SEEDED]
+    alone = [generate(server, PROMPT, 20, **more)["output_ids"] for more in seeded]
+    greedy = {"annealing": None, "temperature": 0.0}
+    asked = [*seeded, greedy, {"min_p": 0.3}, {"top_p": 0.5}]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(lambda more: generate(server, PROMPT, 20, **more), asked))
+        assert [answer["output_ids"] for answer in answers[: len(seeded)]] == alone
+        check(PROMPT, answers[0], reference)
+
+
 def test_seeded_tokens_have_the_distribution_that_is_reported(server: ServerProcess) -> None:
     """One first token for each of 600 seeds: chi-square, false alarm in a million."""
     params = {"max_new_tokens": 1, "annealing": {"schedule": "constant", "tau": 0.5}}

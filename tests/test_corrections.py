@@ -193,6 +193,27 @@ def test_token_weights_have_the_mean_and_variance_of_theory(
     assert got == pytest.approx(square, rel=1e-12)
 
 
+@pytest.mark.parametrize(("settings", "weight"), TOKEN_LEVEL)
+def test_what_mu_cannot_choose_is_left_out_and_the_rest_as_theory_says(
+    settings: dict[str, Any], weight: Callable[[float, float], float]
+) -> None:
+    """One token of five, sampled at temperature 1.3 from the likeliest three, as top_k does."""
+    logits = torch.tensor([1.0, 0.5, 0.1, -0.3, -2.0], dtype=torch.float64, requires_grad=True)
+    log_pi = logits.log_softmax(0)
+    kept = torch.arange(3)
+    log_mu = (logits.detach()[kept] / 1.3).log_softmax(0)
+    weights = correction_weights(log_pi[kept].detach(), log_mu, kept, CorrectionConfig(**settings))
+    loss, _ = policy_loss(log_pi[kept], log_pi[kept].detach(), torch.ones(3), kept, LossConfig())
+    (got,) = torch.autograd.grad((log_mu.exp() * weights * -loss).sum(), logits)
+    pi = log_pi.exp().detach()
+    want = torch.zeros(5, dtype=torch.float64)
+    for y in range(3):
+        mu = log_mu[y].exp().item()
+        score = torch.eye(5, dtype=torch.float64)[y] - pi
+        want += mu * weight(pi[y].item(), mu) * score
+    assert distance(got, want) < EXACT
+
+
 def test_uncapped_token_weights_give_the_gradient_of_the_surrogate(world: World) -> None:
     """Conservative policy iteration's: sum over prefixes of mu(prefix) E_pi[Q_mu]; autograd."""
     values = [[world.reach(p) * world.returns_of_mu((*p, v)) for v in range(3)] for p in PREFIXES]

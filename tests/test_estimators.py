@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from fractions import Fraction
 from itertools import combinations, product
 from math import prod
 
@@ -62,6 +64,50 @@ def test_every_estimate_is_the_mean_over_all_subsets(
     ]
     assert np.concatenate(got) == pytest.approx(want, abs=1e-12)
     assert mean_at_k(rewards) == pytest.approx(np.mean(rewards))
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.1, 0.2, 0.7, 1.0, -1e300]), st.sampled_from("abcd")),
+        min_size=1,
+        max_size=7,
+    ),
+    st.integers(1, 7),
+)
+def test_every_estimate_is_rounded_once(row: list[tuple[float, str]], k: int) -> None:
+    """The float that is nearest to the mean over all subsets, in fractions."""
+    if len(row) < k:
+        return
+    exact = [(Fraction(reward), vote) for reward, vote in row]
+    worth = {
+        vote: Fraction(sum(votes := [reward for reward, other in exact if other == vote]))
+        / len(votes)
+        for _, vote in exact
+    }
+
+    def mean(values: Iterable[Fraction]) -> float:
+        found = list(values)
+        return float(sum(found, Fraction(0)) / len(found))
+
+    def of(draw: tuple[tuple[Fraction, str], ...]) -> Fraction:
+        counts = Counter(vote for _, vote in draw)
+        winners = [worth[vote] for vote, count in counts.items() if count == max(counts.values())]
+        return sum(winners, Fraction(0)) / len(winners)
+
+    draws = list(combinations(exact, k))
+    rewards = np.array([[reward for reward, _ in row]])
+    got = [
+        mean_at_k(rewards)[0],
+        pass_at_k(rewards, k)[0],
+        worst_at_k(rewards, k)[0],
+        maj_at_k(rewards, [[vote for _, vote in row]], k)[0],
+    ]
+    assert got == [
+        mean(reward for reward, _ in exact),
+        mean(Fraction(any(reward >= 1 for reward, _ in draw)) for draw in draws),
+        mean(min(reward for reward, _ in draw) for draw in draws),
+        mean(of(draw) for draw in draws),
+    ]
 
 
 @given(st.integers(1, 300), st.data())
@@ -160,7 +206,12 @@ def test_where_all_problems_agree_the_interval_still_says_what_is_not_known() ->
     assert (low, high) == (0.0, pytest.approx(scipy.stats.beta.ppf(0.975, 1, 20)))
     low, high = bootstrap_interval(np.ones(20))
     assert (low, high) == (pytest.approx(scipy.stats.beta.ppf(0.025, 20, 1)), 1.0)
-    assert bootstrap_interval(np.full(20, 0.5)) == (0.5, 0.5)
+    # that all are one half does not say that all others are: a twentieth may well be worth 0 or 1
+    assert bootstrap_interval(np.full(20, 0.5)) == pytest.approx(
+        (0.5 * 0.025 ** (1 / 20), 1 - 0.5 * 0.025 ** (1 / 20))
+    )
+    assert bootstrap_interval(np.ones(1)) == pytest.approx((0.025, 1.0))
+    assert bootstrap_interval(np.full(1, 0.5)) == pytest.approx((0.0125, 0.9875))
 
 
 def test_the_interval_is_the_same_for_the_same_seed_only() -> None:
@@ -169,7 +220,51 @@ def test_the_interval_is_the_same_for_the_same_seed_only() -> None:
     assert bootstrap_interval(estimates, seed=1) != bootstrap_interval(estimates, seed=2)
 
 
-@pytest.mark.parametrize("estimates", [[], [1.0], [0.0, NAN]])
+@pytest.mark.parametrize("estimates", [[], [NAN], [0.0, NAN], [0.5, float("inf")], [0.5, 1.5]])
 def test_no_interval_is_made_up(estimates: list[float]) -> None:
-    with pytest.raises(ValueError, match="two estimates or more"):
+    with pytest.raises(ValueError, match=r"an estimate or more, and no NaN|beyond \(0.0, 1.0\)"):
         bootstrap_interval(np.array(estimates))
+
+
+@pytest.mark.parametrize("solved", [0, 1, 3, 19, 20])
+def test_of_problems_that_are_solved_or_not_the_interval_is_clopper_and_pearson_s(
+    solved: int,
+) -> None:
+    """Also in another range than [0, 1], which only stretches it."""
+    share = np.array([1.0] * solved + [0.0] * (20 - solved))
+    want = tuple(scipy.stats.binomtest(solved, 20).proportion_ci(0.9, method="exact"))
+    assert bootstrap_interval(share, confidence=0.9) == pytest.approx(want)
+    got = bootstrap_interval(7 * share - 5, confidence=0.9, bounds=(-5.0, 2.0))
+    assert got == pytest.approx([7 * end - 5 for end in want])
+
+
+@pytest.mark.parametrize(
+    ("problems", "n", "rate", "alike", "scale"),
+    [
+        (1, 8, 0.5, 1.0, (0, 1)),
+        (3, 4, 0.3, 1.0, (0, 1)),
+        (5, 8, 0.05, 1.0, (0, 1)),
+        (5, 8, 0.7, 20.0, (-1, 1)),
+        (12, 1, 0.03, 1.0, (0, 1)),
+        (12, 8, 0.5, 0.05, (0, 10)),  # a problem's answers are nearly all right or all wrong
+        (22, 8, 0.95, 0.3, (0, 1)),
+        (22, 2, 0.01, 1.0, (-3, -1)),
+        (64, 8, 0.02, 0.05, (0, 1)),
+        (64, 8, 0.2, 20.0, (0, 1)),
+    ],
+)
+def test_of_few_or_extreme_problems_the_interval_covers_at_least_what_it_says(
+    problems: int, n: int, rate: float, alike: float, scale: tuple[float, float]
+) -> None:
+    """300 evaluations; a problem's own rate is drawn from Beta(rate * alike, (1 - rate) * alike).
+    Were the coverage 95 %, one of these ten tests would fail once in 10,000 times."""
+    generator = np.random.default_rng(problems)
+    low, high = scale
+    hits = 0
+    for seed in range(300):
+        rates = generator.beta(rate * alike, (1 - rate) * alike, (problems, 1))
+        rewards = low + (high - low) * (generator.random((problems, n)) < rates)
+        ends = bootstrap_interval(mean_at_k(rewards), bounds=scale, resamples=1000, seed=seed)
+        assert low <= ends[0] < ends[1] <= high
+        hits += ends[0] <= low + (high - low) * rate <= ends[1]
+    assert hits >= scipy.stats.binom.ppf(1e-5, 300, 0.95)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ead_client import Choice, Client, Group
+from ead_client import Choice, Client, Group, Rollout
 from ead_server.process import ServerProcess
 from trainer_bridge.estimators import bootstrap_interval, maj_at_k, mean_at_k, pass_at_k, worst_at_k
 from trainer_bridge.evaluate import Evaluation, EvaluationConfig, evaluate
@@ -134,7 +134,7 @@ def test_an_evaluation_reports_the_estimates_of_the_answers_it_got(
         assert estimate.low <= estimate.value <= estimate.high
         assert estimate.problems == 10
     assert got.estimates["mean@5"].low < got.estimates["mean@5"].high
-    assert got.interval == "80% BCa bootstrap over problems, seed 3"
+    assert got.interval == "80% bootstrap over problems, seed 3, for rewards from 0 to 1"
 
     assert (got.task, got.problems, got.n, got.scored, got.failures) == ("letters", 10, 5, 50, {})
     assert got.weight_versions == [listening.model_info()["weight_version"]]
@@ -146,6 +146,9 @@ def test_an_evaluation_reports_the_estimates_of_the_answers_it_got(
         np.mean([c.finish_reason == "length" for group in answers for c in group])
     )
     assert Evaluation.model_validate_json(got.model_dump_json()) == got
+
+    at_once = config.model_copy(update={"answers_per_request": 4096})
+    assert evaluate(listening, Letters(), rewards, at_once).rewards == got.rewards  # seeded
 
 
 def test_a_fixed_temperature_stays_fixed_whatever_the_server_s_default_is(
@@ -208,3 +211,50 @@ def test_a_schedule_gets_the_training_step_unless_it_names_one(rewards: RewardRu
 def test_a_schedule_and_a_temperature_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="leave `temperature` at 1"):
         EvaluationConfig(annealing=SCHEDULE, temperature=0.5)
+
+
+class Answering:
+    """A client whose answers are all alike; at most 128 to a prompt in one call."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def stream_rollouts(self, prompts: Any, *, n: int, **_: Any) -> Iterator[Group]:
+        for index, prompt in enumerate(prompts):
+            size = prompt["n"] if isinstance(prompt, dict) else n
+            assert size <= 128
+            rollout = Rollout(
+                token_ids=[1],
+                temperatures=[1.0],
+                logprobs=[-1.0],
+                model_logprobs=[-1.0],
+                weight_version="1",
+            )
+            one = Choice(index=0, text=self.text, finish_reason="stop", rollout=rollout)
+            yield Group(index=index, prompt_token_ids=[], answers=[one] * size)
+
+
+class Signed(Letters):
+    """Rewards of -1 and 1."""
+
+    def reward(self, problem: Prompt, answer: str) -> float:
+        return 1.0 if answer == "right" else -1.0
+
+
+@pytest.mark.parametrize(("text", "value"), [("right", 1.0), ("wrong", -1.0)])
+def test_intervals_of_what_is_always_the_same_are_those_of_its_range(
+    text: str, value: float
+) -> None:
+    """A problem is one draw, however many answers it has; also one problem alone."""
+    client: Any = Answering(text)
+    with RewardRunner(Signed().reward, RewardConfig(workers=1)) as runner:
+        for count, n in ((12, 3), (1, 300)):
+            config = EvaluationConfig(problems=count, n=n, reward_range=(-1.0, 1.0))
+            got = evaluate(client, Signed(), runner, config)
+            assert got.scored == count * n
+            edge = 0.025 ** (1 / count)
+            mean, solved = got.estimates[f"mean@{n}"], got.estimates["pass@2"]
+            ends = (-1 + 2 * edge, 1.0) if value > 0 else (-1.0, 1 - 2 * edge)
+            assert (mean.value, mean.low, mean.high) == pytest.approx((value, *ends))
+            ends = (edge, 1.0) if value > 0 else (0.0, 1 - edge)
+            assert (solved.low, solved.high) == pytest.approx(ends)

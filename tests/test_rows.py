@@ -17,6 +17,7 @@ from test_kinds import FORMULAS, STATELESS, raw_schedules
 from ead_sampler import Annealing, parse_annealing, sampling
 from ead_sampler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
 from ead_sampler.sampling import entropy_of, kept_mass
+from ead_sampler.seeds import only_kept
 from ead_sampler.selftest import sampling_info
 
 
@@ -275,6 +276,22 @@ def test_kept_mass_equals_a_naive_count(
         renormalised=renormalised,
     )
     assert got.item() == pytest.approx(naive_kept_mass(probs, top_k, top_p, min_p, renormalised))
+
+
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=40, unique=True), cuts, cuts)
+def test_what_is_cut_has_probability_0_and_the_rest_its_own(
+    weights: list[int], top_p: float, min_p: float
+) -> None:
+    """Two rows, of which the second has no cuts."""
+    probs = torch.tensor([weights, weights], dtype=torch.float64) / sum(weights)
+    top_ps, min_ps = torch.tensor([[top_p, 1.0], [min_p, 0.0]], dtype=torch.float64)
+    got = only_kept(probs, torch.tensor([10, 1 << 30]), top_ps, min_ps)
+    assert torch.equal(got[1], probs[1])
+    assert got[0].sum().item() == pytest.approx(
+        naive_kept_mass(probs[0].tolist(), 10, top_p, min_p, renormalised=False)
+    )
+    assert torch.equal(got[0], probs[0].where(got[0] > 0, 0.0))
+    assert got[0][got[0] > 0].min() > probs[0].masked_fill(got[0] > 0, 0.0).max()
 
 
 @pytest.mark.parametrize("rows", [1, 7])

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from trainer_bridge.errors import BadConfig
+from trainer_bridge.evaluate import held_out as held_out_problems
 from trainer_bridge.gym_task import ReasoningGym
 from trainer_bridge.math_task import MathFile, MathProblem
 from trainer_bridge.reward_runner import RewardRunner
@@ -24,11 +26,21 @@ from trainer_bridge.tasks import Task, TaskConfig
 
 # the last draws from Python's global generator now and then, at these numbers too
 DATASETS = ("letter_counting", "chain_sum", "list_functions")
-NUMBERS = (0, 2, 7, 22, 26, 38, 499, 500, 12_345)
+# of evaluation, those before a problem are found first
+NUMBERS = {"eval": (0, 2, 7, 22, 26, 38), "train": (0, 7, 499, 500, 12_345)}
 
 
 def questions(task: Any, indices: Any, split: str) -> list[str]:
     return [task.problem(index, split).messages[-1]["content"] for index in indices]
+
+
+def held_out(task: Any, most: int = 400) -> list[str]:
+    """All questions for evaluation, or the first so many."""
+    found: list[str] = []
+    with contextlib.suppress(IndexError):
+        for index in range(most):
+            found += questions(task, [index], "eval")
+    return found
 
 
 # --- reasoning-gym -------------------------------------------------------------------------------
@@ -43,8 +55,9 @@ def test_a_problem_depends_on_its_number_alone() -> None:
         "found = {}\n"
         f"for name in {DATASETS}:\n"
         "    task = ReasoningGym(dataset=name)\n"
-        f"    for i in reversed({NUMBERS}):\n"
-        "        found[f'{name} {i}'] = task.problem(i, 'eval').messages\n"
+        f"    for split, numbers in {NUMBERS}.items():\n"
+        "        for i in reversed(numbers):\n"
+        "            found[f'{name} {split} {i}'] = task.problem(i, split).messages\n"
         "print(json.dumps(found))"
     )
     found = [
@@ -59,9 +72,10 @@ def test_a_problem_depends_on_its_number_alone() -> None:
         for seed in ("1", "2")
     ]
     here = {
-        f"{name} {index}": list(ReasoningGym(dataset=name).problem(index, "eval").messages)
+        f"{name} {split} {index}": list(ReasoningGym(dataset=name).problem(index, split).messages)
         for name in DATASETS
-        for index in NUMBERS
+        for split, numbers in NUMBERS.items()
+        for index in numbers
     }
     assert found == [here, here]
 
@@ -80,12 +94,72 @@ def test_no_question_is_in_both_splits_even_where_there_are_few() -> None:
     """Sums of two digits: 100 questions, so that a split by seed would have nearly all in both."""
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     task = ReasoningGym(dataset="chain_sum", settings=settings, eval_share=0.25)
-    train, kept = questions(task, range(1000), "train"), questions(task, range(400), "eval")
+    train, kept = questions(task, range(1000), "train"), held_out(task)
     other = task.model_copy(update={"seed": 1})
     assert not set(train + questions(other, range(1000), "train")) & set(kept)
+    assert len(set(kept)) == len(kept)
     assert len(set(train)) > 50
     assert len(set(kept)) > 10
     assert questions(other, range(20), "train") != train[:20]
+
+
+def numbers_of(question: str) -> tuple[str, ...]:
+    """Without their order, and without the words around them."""
+    return tuple(sorted(re.findall(r"[\d.]*\d", question)))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "fewest"),
+    [
+        ("products", {"max_digits": 1}, 2),  # 55 of them
+        ("products", {"max_digits": 1, "max_terms": 3}, 20),
+        ("products", {"max_digits": 1, "min_terms": 3, "max_terms": 3}, 15),
+        ("products", {"max_digits": 1, "allow_negation": True}, 5),
+        ("products", {"max_digits": 2}, 64),
+        ("chain_sum", {"min_terms": 3, "max_terms": 3, "max_digits": 1}, 40),
+        ("decimal_chain_sum", {"max_terms": 2, "max_digits": 1, "max_decimal_places": 1}, 64),
+        ("lcm", {"max_value": 12}, 5),
+        ("gcd", {"max_value": 12}, 5),
+        ("basic_arithmetic", {"max_digits": 1, "max_terms": 2, "format_style": "natural"}, 10),
+        ("simple_equations", {"max_value": 10, "max_terms": 2}, 64),
+    ],
+)
+def test_the_same_numbers_are_asked_once_and_in_one_split(
+    dataset: str, settings: dict[str, Any], fewest: int
+) -> None:
+    """a * b and b * a are one question, as are two wordings of one."""
+    task = ReasoningGym(dataset=dataset, settings=settings)
+    kept = [numbers_of(question) for question in held_out(task, 64)]
+    trained = {
+        numbers_of(question)
+        for seed in (0, 1)
+        for question in questions(task.model_copy(update={"seed": seed}), range(500), "train")
+    }
+    assert len(kept) >= fewest
+    # with several operators or signs, the same numbers may make more than one question
+    if dataset in ("products", "lcm", "gcd") and "allow_negation" not in settings:
+        assert len(set(kept)) == len(kept)
+        assert not trained & set(kept)
+    assert len(trained) > 20
+
+
+def test_the_default_task_evaluates_each_of_its_questions_once_and_trains_on_none() -> None:
+    task = TaskConfig().build()
+    kept = [numbers_of(question) for question in held_out(task)]
+    trained = {numbers_of(question) for question in questions(task, range(2000), "train")}
+    assert len(set(kept)) == len(kept) >= 12
+    assert not trained & set(kept)
+    assert len(trained) + len(kept) == 10 + 45  # of two factors below ten, in any order
+
+
+def test_what_a_worked_example_answers_is_not_evaluated() -> None:
+    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    plain = ReasoningGym(dataset="products", settings=settings, eval_share=0.3)
+    kept = held_out(plain)
+    given = re.findall(r"(\d) \* (\d)", kept[0])[0]
+    example = (f"{given[1]} * {given[0]} =", "?")
+    told = plain.model_copy(update={"examples": (example,)})
+    assert held_out(told) == kept[1:]
 
 
 def test_datasets_that_make_all_their_problems_at_once_are_as_endless_as_others() -> None:
@@ -233,6 +307,26 @@ def test_a_file_for_evaluation_is_kept_out_of_training(sums: Path, tmp_path: Pat
     assert sorted(trained) == sorted(f"What is {i} + {i}?" for i in range(50))
 
 
+@pytest.mark.parametrize("own_file", [True, False])
+def test_a_question_that_stands_twice_is_evaluated_once_and_not_trained_on(
+    tmp_path: Path, own_file: bool
+) -> None:
+    """Whatever blanks are in it; also where a file is given for evaluation."""
+    texts = [f"What is {i} + 1?" for i in range(40)]
+    twice = [text.replace(" ", "  ") + "\n" for text in texts]
+    rows = [{"problem": text, "answer": 1} for text in (*texts, *twice)]
+    path = math_file(tmp_path / "all.jsonl", rows)
+    more: dict[str, Any] = {}
+    if own_file:
+        more["eval_path"] = math_file(tmp_path / "eval.jsonl", rows[:5] + rows[40:45])
+    task = MathFile(path=path, eval_share=0.3, **more)
+    kept = [" ".join(question.split()) for question in held_out(task)]
+    trained = {" ".join(question.split()) for question in questions(task, range(200), "train")}
+    assert len(set(kept)) == len(kept) > 4
+    assert not trained & set(kept)
+    assert trained | set(kept) == set(texts)
+
+
 def test_a_line_that_is_no_problem_is_named(tmp_path: Path) -> None:
     for row in ('{"problem": "?"}', '{"answer": 1}', "[1]", "{"):
         path = tmp_path / f"{abs(hash(row))}.jsonl"
@@ -350,3 +444,34 @@ def test_a_byte_order_mark_is_no_part_of_a_file_of_problems(tmp_path: Path) -> N
     task = MathFile(path=train, eval_path=kept)
     assert "a\u2028b" in task.problem(0).messages[-1]["content"]
     assert "c" in task.problem(0, "eval").messages[-1]["content"]
+
+
+# --- held out ------------------------------------------------------------------------------------
+
+
+class Repeats(Mine):
+    """Of a user: every third evaluation problem is the first again, and there are five."""
+
+    def problem(self, index: int, split: str = "train") -> MathProblem:
+        if index >= 5:
+            raise IndexError(index)
+        return super().problem(index % 3 if split == "eval" else index, split)
+
+
+class TrainsOnly(Mine):
+    def problem(self, index: int, split: str = "train") -> MathProblem:
+        if split == "eval":
+            raise IndexError(index)
+        return super().problem(index, split)
+
+
+def test_an_evaluation_asks_different_problems_or_is_refused() -> None:
+    assert len(held_out_problems(Mine("x"), 7)) == 7
+    assert len(held_out_problems(Mine("x"), None)) == 64
+    assert len(held_out_problems(Repeats("x"), 3)) == 3
+    with pytest.raises(
+        BadConfig, match="task: mine asks the same in evaluation problem 3 as before"
+    ):
+        held_out_problems(Repeats("x"), None)
+    with pytest.raises(BadConfig, match="task: mine has no problem for evaluation"):
+        held_out_problems(TrainsOnly("x"), 1)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from trainer_bridge import ranks
+from trainer_bridge.collected import Collected, load_steps, save_steps
 from trainer_bridge.errors import BadConfig, CheckpointFailed
 from trainer_bridge.settings import Settings
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import new_run_id
 
+_AHEAD = "ahead.safetensors"  # answers to the next steps
 _SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes and checks them
 # With adapters, the rest is the model's own, and neither saved nor missed: that everything which is
 # trained is in a checkpoint, its reader checks.
@@ -55,6 +57,8 @@ class Progress:
     run_id: str  # see trainer_bridge.versions
     # metrics of the step before, which a kill right after the checkpoint leaves unwritten
     untold: Mapping[str, float] = field(default_factory=dict)
+    # of this step and those after it, what has been generated from weights of earlier steps
+    ahead: tuple[Collected, ...] = field(default=(), repr=False)
 
 
 def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> None:
@@ -70,8 +74,12 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> No
         partial.mkdir(parents=True)
 
     def finish() -> None:
+        save_steps(progress.ahead, partial / _AHEAD)
         about = {
-            **asdict(progress),
+            "step": progress.step,
+            "position": progress.position,
+            "run_id": progress.run_id,
+            "untold": progress.untold,
             "updates": trainer.updates,
             "skipped": trainer.skipped,
             "entropy_anchor": trainer.entropy_anchor,
@@ -147,7 +155,8 @@ def load(folder: Path, trainer: Trainer, say: Callable[[str], None]) -> Progress
     trainer.updates, trainer.skipped = about["updates"], about["skipped"]
     trainer.entropy_anchor = about["entropy_anchor"]
     run_id = about.get("run_id") or new_run_id()  # older checkpoints have none
-    return Progress(about["step"], about["position"], run_id, about.get("untold") or {})
+    ahead = load_steps(newest / _AHEAD) if (newest / _AHEAD).exists() else ()
+    return Progress(about["step"], about["position"], run_id, about.get("untold") or {}, ahead)
 
 
 def _newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from pydantic import AfterValidator, Field
 
 from ead_client import Choice, Client, RequestRefused, Rollout
 from trainer_bridge.advantages import overlong_penalty
+from trainer_bridge.asking import ask
 from trainer_bridge.batch import Sample
+from trainer_bridge.collected import Collected
 from trainer_bridge.errors import StaleRollout, TooFewRollouts
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
@@ -78,9 +80,15 @@ class RolloutConfig(Settings):
     overlong_factor: float = Field(1.0, ge=0, description="reward lost at max_new_tokens")
     seeded: bool = Field(
         False,
-        description="every answer gets a seed of its own, so that a run can be repeated; "
-        "where the server honours seeds",
+        description="every answer gets a seed of its own, so that a run can be repeated, where "
+        "the server honours seeds; with staleness, new weights then wait for the answers in "
+        "progress, whose tokens would else be from two versions",
     )
+
+    @property
+    def versions_apart(self) -> bool:
+        """Whether weights are published only when no answer is in progress."""
+        return self.seeded and self.staleness > 0
 
 
 @dataclass(frozen=True)
@@ -94,28 +102,6 @@ class Answer:
     def length(self) -> int:
         """Generated tokens."""
         return sum(len(turn) for turn in self.turns)
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What one step is trained on, and where the next one's problems begin."""
-
-    answers: ScoredAnswers
-    position: int
-    metrics: dict[str, float]
-    texts: tuple[str, ...] = field(repr=False)
-
-    def told(self) -> Iterator[dict[str, Any]]:
-        """The answers as a reader wants them."""
-        for sample, reward, group, text in zip(
-            self.answers.samples,
-            self.answers.rewards,
-            self.answers.group_ids,
-            self.texts,
-            strict=True,
-        ):
-            temperatures = [round(float(tau), 4) for tau in sample.temperatures]
-            yield {"problem": group, "reward": reward, "text": text, "temperatures": temperatures}
 
 
 def _good(answers: Sequence[Answer | None], counts: Counter[str]) -> list[Answer]:
@@ -234,7 +220,8 @@ class Collector:
 
         with ThreadPoolExecutor(CONTINUED_AT_ONCE, thread_name_prefix="continue") as pool:
             aborted: dict[int, list[Future[Answer | None]]] = {}
-            groups = self.client.stream_rollouts(
+            groups = ask(
+                self.client,
                 [list(problem.messages) for problem in problems],
                 n=size,
                 annealing={**self.config.annealing, "step": step},

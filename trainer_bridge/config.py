@@ -11,6 +11,8 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from ead_sampler.requests import check_sampling
+from ead_sampler.schedule import AnnealingError, check_all_steps
 from trainer_bridge.advantages import AdvantageConfig
 from trainer_bridge.checkpoint import CheckpointConfig
 from trainer_bridge.collect import RolloutConfig
@@ -32,9 +34,19 @@ class ServerConfig(Settings):
     files that EAD_API_KEY_FILE and EAD_ADMIN_API_KEY_FILE name."""
 
     url: str | None = Field(None, description="none: `ead train` starts one and stops it again")
-    arguments: list[str] = Field([], description="of SGLang, for a server started here")
+    arguments: list[str] = Field(
+        [],
+        description="of SGLang, for a server started here, after ours: on a GPU bfloat16 and "
+        "0.4 of its memory, the rest being the trainer's; on a CPU float32",
+    )
     patience_s: float = Field(
         600.0, gt=0, description="how long a server that went away may take to come back"
+    )
+    silence_s: float = Field(
+        600.0,
+        gt=0,
+        description="how long an answer may send nothing before its connection counts as lost; "
+        "rollouts send something every 30 s, the rest of an aborted answer only all at once",
     )
 
 
@@ -75,7 +87,55 @@ class TrainConfig(Settings):
                 f"{self.correction.kind!r}: nothing says how far the policy has moved since the "
                 "answers; set update.old_logprobs='server', or a correction of mu's ratio"
             )
+        if "flash" in self.model.attention and self.model.compute_dtype == "float32":
+            raise ValueError(
+                f"model.attention {self.model.attention!r} takes no float32: set "
+                "model.compute_dtype='bfloat16'"
+            )
+        rollout, evaluation = self.rollout, self.evaluation
+        if rollout.overlong_buffer > rollout.max_new_tokens:
+            raise ValueError(
+                "rollout.overlong_buffer must be at most rollout.max_new_tokens, "
+                f"{rollout.max_new_tokens}, got {rollout.overlong_buffer}"
+            )
+        _check_schedule("rollout", {**rollout.annealing, "step": None}, self.steps - 1)
+        if evaluation.annealing is not None:
+            _check_schedule("evaluation", evaluation.annealing, self.steps)
+        try:
+            check_sampling(rollout.sampling)
+        except AnnealingError as error:
+            raise ValueError(f"rollout.sampling.{error}") from None
+        if self.correction.kind == "annealed":
+            for name, neutral in _BESIDE_TEMPERATURE.items():
+                value = self.rollout.sampling.get(name, neutral)
+                if value not in (neutral, None, {}):
+                    raise ValueError(
+                        f"rollout.sampling.{name} {value!r} with correction.kind 'annealed', which "
+                        "trains the policy at each token's temperature: answers must be sampled "
+                        f"from just that ({name} {neutral!r}), or take a correction of mu's ratio"
+                    )
         return self
+
+
+def _check_schedule(section: str, annealing: dict[str, Any], last: int) -> None:
+    """At every step of the run. Raises ValueError."""
+    try:
+        check_all_steps(annealing, last=last)
+    except AnnealingError as error:
+        raise ValueError(f"{section}.{error}") from None
+
+
+# Sampling parameters by which mu is not the tempered policy, with the values that change nothing.
+_BESIDE_TEMPERATURE: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "min_new_tokens": 0,
+    **dict.fromkeys(("logit_bias", "regex", "json_schema", "ebnf", "structural_tag")),
+}
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
@@ -100,15 +160,20 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise BadConfig("\n".join(map(_in_words, problems))) from None
+        raise BadConfig(in_words(error)) from None
 
 
-def _in_words(problem: ErrorDetails) -> str:
+def in_words(error: ValidationError, *above: str) -> str:
+    """What is wrong with settings of the sections `above`, a line each."""
+    return "\n".join(_in_words(problem, above) for problem in error.errors(include_url=False))
+
+
+def _in_words(problem: ErrorDetails, above: tuple[str, ...]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, (*above, *problem["loc"])))
     if not problem["loc"]:  # of settings together, which it names
-        return message
-    return f"{'.'.join(map(str, problem['loc']))}: {message}, got {problem['input']!r:.100}"
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message}, got {problem['input']!r:.100}"
 
 
 def _read(file: Path) -> dict[str, Any]:

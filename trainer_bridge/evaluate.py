@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ead_client import Choice, Client, Group, Rollout
 from trainer_bridge import estimators
+from trainer_bridge.asking import MOST_ANSWERS, ask
+from trainer_bridge.errors import BadConfig
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.rewards import Outcome, RewardFailure
 from trainer_bridge.settings import Settings
 from trainer_bridge.tasks import Problem, Task
 
+MOST_PROBLEMS = 64  # where no number is asked for
+
 
 class EvaluationConfig(Settings):
     """What is asked, and how it is decoded."""
 
-    problems: int = Field(
-        default=64, ge=2, description="held-out problems; fewer where the task has fewer"
+    problems: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"held-out problems, of which the task must have so many; "
+        f"none: {MOST_PROBLEMS}, or all where there are fewer",
     )
     n: int = Field(default=8, ge=1, le=1000, description="answers to each")
     max_new_tokens: int = Field(default=512, ge=1)
@@ -33,16 +42,30 @@ class EvaluationConfig(Settings):
         default=None, description="a schedule, in place of the temperature"
     )
     solved_at: float = Field(default=1.0, description="reward from which on a problem is solved")
+    reward_range: tuple[float, float] = Field(
+        default=(0.0, 1.0),
+        description="smallest and largest reward that an answer can have, which intervals need to "
+        "know; wider where wider rewards are seen",
+    )
     confidence: float = Field(default=0.95, gt=0, lt=1, description="of the intervals")
-    seed: int = Field(default=0, ge=0, description="of the resampling of problems, not of answers")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=1 << 32,
+        description="of the resampling of problems, and, where the server honours seeds, of the "
+        "answers: the same weights then evaluate the same",
+    )
     answers_per_request: int = Field(
-        default=4096, ge=1, description="at most; the server's own limit is the same by default"
+        default=MOST_ANSWERS, ge=1, description="at most; `ead serve --max-answers` is as many"
     )
 
     @model_validator(mode="after")
-    def _one_decoding(self) -> EvaluationConfig:
+    def _check(self) -> EvaluationConfig:
         if self.annealing is not None and self.temperature != 1.0:
             raise ValueError("a schedule gives the temperature: leave `temperature` at 1")
+        low, high = self.reward_range
+        if low > high:
+            raise ValueError(f"reward_range: {low} is above {high}")
         return self
 
 
@@ -87,14 +110,14 @@ def evaluate(
     *,
     step: int | None = None,
 ) -> Evaluation:
-    """Ask the first held-out problems and score the answers while others are generated.
+    """Ask the held-out problems (see `held_out`) and score the answers while others are generated.
 
     rewards: runs `task.reward`. progress: called with the number of problems that are answered, and
     of all. step: the training step, for a schedule that names none. maj@k is reported for tasks
     that say what votes, see Task. Raises the client's errors; what fails for a single answer is
     counted.
     """
-    problems = list(_held_out(task, config.problems))
+    problems = held_out(task, config.problems)
     final_answer: Callable[[str], str | None] | None = getattr(task, "final_answer", None)
     table = np.full((len(problems), config.n), np.nan)
     votes: list[list[str | None]] = [[None] * config.n for _ in problems]
@@ -127,18 +150,37 @@ def evaluate(
         failures={kind: count for kind, count in sorted(failures.items()) if count},
         mean_tokens=_mean([len(rollout) for rollout in scored]),
         truncated=_mean([rollout.finish_reason == "length" for rollout in scored]),
-        interval=f"{config.confidence:.0%} BCa bootstrap over problems, seed {config.seed}",
+        interval="{:g}% bootstrap over problems, seed {}, for rewards from {:g} to {:g}".format(
+            100 * config.confidence, config.seed, *_bounds(table, config)
+        ),
         estimates=dict(_estimates(table, votes if final_answer else None, config)),
         rewards=[[None if np.isnan(r) else float(r) for r in row] for row in table],
     )
 
 
-def _held_out(task: Task, count: int) -> Iterator[Problem]:
-    for index in range(count):
-        try:
-            yield task.problem(index, "eval")
-        except IndexError:
-            return
+def held_out(task: Task, count: int | None) -> list[Problem]:
+    """The first `count` problems of a task's evaluation, or all where there are fewer.
+
+    Raises BadConfig where there are none, or two that ask the same: an evaluation would take them
+    for two problems.
+    """
+    asked: dict[str, Problem] = {}
+    with suppress(IndexError):
+        for index in range(MOST_PROBLEMS if count is None else count):
+            problem = task.problem(index, "eval")
+            asked[question(problem)] = problem
+            if len(asked) == index:
+                raise BadConfig(
+                    f"task: {task.name} asks the same in evaluation problem {index} as before"
+                )
+    if not asked:
+        raise BadConfig(f"task: {task.name} has no problem for evaluation")
+    return list(asked.values())
+
+
+def question(problem: Problem) -> str:
+    """What is asked, to tell whether two problems are one."""
+    return json.dumps([dict(message) for message in problem.messages], default=str)
 
 
 def _answers(
@@ -146,6 +188,8 @@ def _answers(
 ) -> Iterator[tuple[int, Group]]:
     """Each group with its problem's position, as it completes."""
     sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+    if config.temperature > 0:
+        sampling["sampling_seed"] = config.seed
     annealing = config.annealing
     if config.temperature == 0.0:
         sampling["temperature"] = 0.0
@@ -154,11 +198,12 @@ def _answers(
         annealing = {"schedule": "constant", "tau": config.temperature}
     elif step is not None:  # else the server's own count of updates would come in its place
         annealing = {"step": step, **annealing}
-    size = max(1, config.answers_per_request // config.n)
-    for start in range(0, len(problems), size):
-        prompts = [list(problem.messages) for problem in problems[start : start + size]]
-        for group in client.stream_rollouts(prompts, n=config.n, annealing=annealing, **sampling):
-            yield start + group.index, group
+    prompts = [list(problem.messages) for problem in problems]
+    most = config.answers_per_request
+    for group in ask(
+        client, prompts, n=config.n, most_answers=most, annealing=annealing, **sampling
+    ):
+        yield group.index, group
 
 
 def _usable(choice: Choice) -> bool:
@@ -178,7 +223,8 @@ def _decoding(scored: Sequence[Rollout]) -> dict[str, Any]:
 def _estimates(
     rewards: estimators.Floats, votes: list[list[str | None]] | None, config: EvaluationConfig
 ) -> Iterator[tuple[str, Estimate]]:
-    """mean@n, and the others at k = 1, 2, 4, ... up to n."""
+    """mean@n, and the others at k = 1, 2, 4, ... up to n, where a problem has so many scores."""
+    bounds = _bounds(rewards, config)
     ks = [2**i for i in range(config.n.bit_length())]
     found = [(f"mean@{config.n}", estimators.mean_at_k(rewards))]
     for k in ks:
@@ -189,9 +235,19 @@ def _estimates(
         found += [(f"maj@{k}", estimators.maj_at_k(rewards, votes, k)) for k in ks[1:]]
     for name, estimates in found:
         known = estimates[~np.isnan(estimates)]
-        if len(known) >= 2:
+        if len(known):
             low, high = estimators.bootstrap_interval(
-                known, confidence=config.confidence, seed=config.seed
+                known,
+                confidence=config.confidence,
+                bounds=(0.0, 1.0) if name.startswith("pass@") else bounds,
+                seed=config.seed,
             )
             value = float(known.mean())
             yield name, Estimate(value=value, low=low, high=high, problems=len(known))
+
+
+def _bounds(rewards: estimators.Floats, config: EvaluationConfig) -> tuple[float, float]:
+    """Of a reward, as far as is known."""
+    low, high = config.reward_range
+    seen = rewards[~np.isnan(rewards)].tolist()
+    return min([low, *seen]), max([high, *seen])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import random
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +17,16 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer_bridge.tasks import Chat, Messages, Split, split_of, stable_hash
+from trainer_bridge.errors import BadConfig
+from trainer_bridge.tasks import Chat, Messages, Split, plain, split_of, stable_hash
 
 _BLOCK = 500  # problems of one seed; some datasets make all of their size at once
-_TRIES = 1000
+# Draws in a row without a new held-out question after which there is taken to be none: about 300
+# of them fall into the split, which miss one question in 50 once in 400 times.
+_NOTHING_NEW, _MOST_DRAWS = 300, 20_000
+_LEAST_DRAWS = 1000  # for a training problem; more where nearly all questions are for evaluation
+# Of arithmetic and algebra, the numbers and the operators are the question.
+_TERMS = re.compile(r"\w*\d\w*(?:\.\d+)?|[-+*/^%<>&|~]")
 # Of reasoning-gym 0.1.25: what they make differs with the seed of Python's hashes.
 _DEPENDS_ON_HASH_SEED = frozenset(
     {
@@ -87,17 +96,49 @@ class ReasoningGym(Chat):
         return self
 
     def problem(self, index: int, split: Split = "train") -> GymProblem:
-        """See Task. Every index has its own seeds, tried until a question falls into the split."""
+        """See Task. No question is asked twice in evaluation, where there may be a last one: the
+        first that a fixed number of draws did not find. In arithmetic, the same numbers and
+        operators in any order and wording are one question.
+
+        Every training problem has its own seeds, tried until a question falls into the split.
+        """
         if index < 0:
             raise IndexError(index)
+        entry = self._held_out(index) if split == "eval" else self._drawn(index)
+        return GymProblem(self.ask(entry["question"]), entry)
+
+    def _drawn(self, index: int) -> dict[str, Any]:
         block, offset = divmod(index, _BLOCK)
-        for attempt in range(_TRIES):
-            seed = stable_hash("problem", self.seed, split, block, attempt) % 2**31
+        draws = max(_LEAST_DRAWS, math.ceil(30 / (1 - self.eval_share)))  # e^-30 miss by chance
+        for attempt in range(min(_MOST_DRAWS, draws)):
+            seed = stable_hash("problem", self.seed, "train", block, attempt) % 2**31
             with _seeded_globals(seed):
-                entry = self._data(seed)[offset]
-            if split_of(entry["question"], self.eval_share) == split:
-                return GymProblem(self.ask(entry["question"]), entry)
-        raise ValueError(f"{self.name}: too few different questions for a split {split!r}")
+                entry: dict[str, Any] = self._data(seed)[offset]
+            if self._split(entry) == "train":
+                return entry
+        raise self._too_few("training")
+
+    def _held_out(self, index: int) -> dict[str, Any]:
+        examples = frozenset(self._key(question) for question, _ in self.examples)
+        found = _held_out_of(self.dataset, self._settings, self.eval_share, examples)
+        if not found.has(0):
+            raise self._too_few("evaluation")
+        return found[index]
+
+    def _too_few(self, what: str) -> BadConfig:
+        return BadConfig(
+            f"task.parameters.eval_share {self.eval_share:g}: {self.name} has too few different "
+            f"questions for {what}"
+        )
+
+    def _split(self, entry: dict[str, Any]) -> Split:
+        """Questions of worked examples are none for evaluation."""
+        key = self._key(entry["question"])
+        given = any(key == self._key(question) for question, _ in self.examples)
+        return "train" if given else split_of(key, self.eval_share)
+
+    def _key(self, question: str) -> str:
+        return _key(self.dataset, question)
 
     def reward(self, problem: GymProblem, answer: str) -> float:
         """The dataset's score. What its scorer cannot read (ValueError) is wrong."""
@@ -117,8 +158,79 @@ class ReasoningGym(Chat):
         found = re.findall(self.answer_pattern, answer, re.DOTALL)
         return found[-1] if found else None
 
+    @property
+    def _settings(self) -> str:
+        return json.dumps(self.settings, sort_keys=True)
+
     def _data(self, seed: int) -> Any:
-        return _dataset(self.dataset, json.dumps(self.settings, sort_keys=True), seed)
+        return _dataset(self.dataset, self._settings, seed)
+
+
+class _HeldOut:
+    """The evaluation questions of a dataset, found one after the other and kept.
+
+    In the same order whoever asks: they depend on nothing but what is given here.
+    """
+
+    def __init__(self, name: str, settings: str, eval_share: float, given: frozenset[str]) -> None:
+        self._found: list[dict[str, Any]] = []
+        self._new = _new_questions(name, settings, eval_share, given)
+        self._lock = threading.Lock()
+
+    def has(self, index: int) -> bool:
+        with self._lock:
+            while len(self._found) <= index:
+                entry = next(self._new, None)
+                if entry is None:
+                    return False
+                self._found.append(entry)
+        return True
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not self.has(index):
+            raise IndexError(index)
+        return self._found[index]
+
+
+@lru_cache(maxsize=16)
+def _held_out_of(name: str, settings: str, eval_share: float, given: frozenset[str]) -> _HeldOut:
+    return _HeldOut(name, settings, eval_share, given)
+
+
+def _new_questions(
+    name: str, settings: str, eval_share: float, given: frozenset[str]
+) -> Iterator[dict[str, Any]]:
+    """Entries whose question is of the split and was not there before."""
+    seen, fruitless = set(given), 0
+    patience = min(_MOST_DRAWS, math.ceil(_NOTHING_NEW / eval_share))
+    for block in itertools.count():
+        seed = stable_hash("held out", block) % 2**31
+        for offset in range(_BLOCK):
+            with _seeded_globals(stable_hash("held out", block, offset)):
+                entry = _dataset(name, settings, seed)[offset]
+            key = _key(name, entry["question"])
+            fruitless += 1
+            if key not in seen and split_of(key, eval_share) == "eval":
+                seen.add(key)
+                fruitless = 0
+                yield entry
+            elif fruitless >= patience:
+                return
+
+
+def _key(dataset: str, question: str) -> str:
+    """What is equal of questions that are one."""
+    if _is_arithmetic(dataset):
+        return " ".join(sorted(_TERMS.findall(question)))
+    return plain(question)
+
+
+@lru_cache
+def _is_arithmetic(dataset: str) -> bool:
+    from reasoning_gym.factory import DATASETS
+
+    module = DATASETS[dataset][0].__module__
+    return module.startswith(("reasoning_gym.arithmetic.", "reasoning_gym.algebra."))
 
 
 @lru_cache(maxsize=64)

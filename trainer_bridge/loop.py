@@ -1,7 +1,8 @@
 """A run: collect, update, publish, step after step; it survives what kills its parts.
 
 With `rollout.staleness` = k, answers for later steps are generated while the policy is updated,
-from weights at most k updates old; with 0, one thing happens after the other.
+from weights at most k updates old; with 0, one thing happens after the other. A checkpoint keeps
+those that only older weights could give again.
 
 A run goes on from its newest checkpoint with `resume`. A server that dies or loses its weights is
 waited for, given the weights again, and asked again: an answer counts only if it was sampled from
@@ -26,7 +27,8 @@ from torch import Tensor
 from ead_client import Client
 from trainer_bridge import checkpoint, ranks
 from trainer_bridge.checkpoint import Progress
-from trainer_bridge.collect import Collected, Collector
+from trainer_bridge.collect import Collector
+from trainer_bridge.collected import Collected
 from trainer_bridge.config import TrainConfig
 from trainer_bridge.errors import BadConfig, CheckpointFailed, StaleRollout
 from trainer_bridge.evaluate import evaluate
@@ -35,9 +37,10 @@ from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, changes, check_folder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
 from trainer_bridge.run_lock import alone_in
+from trainer_bridge.start_checks import build_task, check_run, first_problem
 from trainer_bridge.trainer import Trainer
 from trainer_bridge.versions import Versions, new_run_id
-from trainer_bridge.weights import SyncConfig, weight_publisher
+from trainer_bridge.weights import weight_publisher
 
 T = TypeVar("T")
 
@@ -47,6 +50,13 @@ class Weights(NamedTuple):
 
     named: Callable[[], Iterator[tuple[str, Tensor]]]
     lora_scale: float | None  # of adapters alone; None: all of the model's
+
+
+class Asked(NamedTuple):
+    """Answers to one step, on their way."""
+
+    answers: Future[Collected]
+    published: int  # the version of the weights when they were asked for
 
 
 class Server(Protocol):
@@ -95,8 +105,7 @@ def train(
             max_new_tokens=config.rollout.max_new_tokens,
             reference=_reference(config, device),
         )
-        # other seeds see other problems
-        begin = Progress(0, position=config.seed << 20, run_id=new_run_id())
+        begin = Progress(0, position=first_problem(config.seed), run_id=new_run_id())
         if resume:
             begin = checkpoint.load(saved, trainer, display.say) or begin
         leader = None
@@ -124,7 +133,7 @@ def _run(
     config: TrainConfig, saved: Path, trainer: Trainer, leader: Leader | None, begin: Progress
 ) -> None:
     """The steps, in which all ranks take part."""
-    weights = _weights(trainer.policy, config.sync)
+    weights = _weights(trainer.policy, config)
     if leader is not None:
         leader.publish(weights, begin.step)
         leader.tell_untold()
@@ -134,7 +143,9 @@ def _run(
         collected = ranks.broadcast(leader.collect(step) if leader else None)
         with _timed(leader, "update"):
             metrics = trainer.update(collected.answers)
-        weights = _weights(trainer.policy, config.sync)
+        if leader is not None and config.rollout.versions_apart:
+            leader.wait_for_asked()
+        weights = _weights(trainer.policy, config)
         if leader is not None:
             leader.publish(weights, step + 1)
         every, last = config.checkpoint.every, step + 1 == config.steps
@@ -142,7 +153,8 @@ def _run(
             metrics |= leader.numbers(step, collected, time.perf_counter() - started)
         if last or (every and (step + 1) % every == 0) or unsaved is not None:
             with _timed(leader, "checkpoint"):
-                progress = Progress(step + 1, collected.position, begin.run_id, metrics)
+                ahead = leader.ahead() if leader is not None else ()
+                progress = Progress(step + 1, collected.position, begin.run_id, metrics, ahead)
                 unsaved = _save(saved, trainer, progress, config)
         if leader is not None:
             leader.tell(step, {**metrics, "checkpoint/failed": float(unsaved is not None)})
@@ -163,17 +175,22 @@ def _save(
     return None
 
 
-def _weights(policy: Policy, sync: SyncConfig) -> Weights:
+def _weights(policy: Policy, config: TrainConfig) -> Weights:
     """The policy's weights as they are now, as often as they are asked for.
 
-    Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU.
+    Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU. So are those
+    that answers must be from which are still asked for after the next update.
     """
-    adapters = policy.has_adapters and sync.sends_adapters
+    adapters = policy.has_adapters and config.sync.sends_adapters
     named = policy.named_adapters if adapters else policy.named_weights
     scale = policy.lora_scale if adapters else None
-    if ranks.world_size() == 1:
+    if ranks.world_size() == 1 and not config.rollout.versions_apart:
         return Weights(named, scale)
-    held = [(name, weight.cpu()) for name, weight in named() if ranks.rank() == 0]
+    held = [
+        (name, weight.detach().to("cpu", copy=True))
+        for name, weight in named()
+        if ranks.rank() == 0
+    ]
     return Weights(lambda: iter(held), scale)
 
 
@@ -186,8 +203,14 @@ def _timed(leader: Leader | None, phase: str) -> Iterator[None]:
             yield
 
 
-def _came(future: Future[Collected]) -> bool:
-    return not future.cancelled() and future.exception() is None
+def _came(asked: Asked) -> bool:
+    return not asked.answers.cancelled() and asked.answers.exception() is None
+
+
+def _given(collected: Collected) -> Future[Collected]:
+    future: Future[Collected] = Future()
+    future.set_result(collected)
+    return future
 
 
 class Leader:
@@ -205,7 +228,8 @@ class Leader:
         self.config = config
         self.server = server
         self.display = display
-        self.task = config.task.build()
+        self.task = build_task(config.task)
+        check_run(config, self.task)
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = weight_publisher(server.client, config.sync)
         self.versions = Versions(begin.run_id)
@@ -214,7 +238,9 @@ class Leader:
         )
         described = config.model_dump(mode="json")
         changed = changes(folder, described) if begin.step else []
-        self.folder = RunFolder(folder, config.report, described, resumed_at=begin.step)
+        self.folder = RunFolder(
+            folder, config.report, described, resumed_at=begin.step, say=display.say
+        )
         display.say(
             f"{self.task.name}: run {begin.run_id}, steps {begin.step + 1} to {config.steps}; "
             f"trained: the policy ({config.correction.trained_policy}), "
@@ -223,10 +249,11 @@ class Leader:
         for change in changed:
             display.say(f"changed since the run was stopped: {change}")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
-        self._pending: deque[Future[Collected]] = deque()
-        self._asked = begin  # the next step to ask for; only its thread touches the position
         self._begun = begin  # the step that is worked on
         self._published = begin.step
+        self._pending = deque(Asked(_given(step), begin.step) for step in begin.ahead)
+        # the next problem to ask about; only the thread that asks moves it
+        self._position = begin.ahead[-1].position if begin.ahead else begin.position
         self._weights: Weights | None = None
         self._seconds: dict[str, float] = {}
         self._sync: dict[str, float] = {}
@@ -262,18 +289,46 @@ class Leader:
 
     def _first_pending(self) -> Collected:
         self._ask_ahead()
-        return self._pending[0].result()
+        return self._pending[0].answers.result()
+
+    def wait_for_asked(self) -> None:
+        """Return when all answers that were asked for are there, of the weights they were asked
+        of, whatever happens to the server meanwhile."""
+        with self.phase("rollout"):
+            self._mended(self._all_pending)
+
+    def _all_pending(self) -> None:
+        self._ask_ahead()
+        for asked in self._pending:
+            asked.answers.result()
+
+    def ahead(self) -> tuple[Collected, ...]:
+        """The answers to the next steps that a run which goes on from here would not get again:
+        those asked of older weights than the published ones, and those that are there."""
+        older = [asked.answers for asked in self._pending if asked.published < self._published]
+        wait(older)
+        there = itertools.takewhile(lambda asked: asked.answers.done(), self._pending)
+        return tuple(asked.answers.result() for asked in itertools.takewhile(_came, there))
 
     def _ask_ahead(self) -> None:
-        """Have the answers generated that the published weights are new enough for."""
+        """Have the answers generated that the published weights are new enough for; none after
+        those that failed, since where their problems begin is not known."""
         last = min(self._published + self.config.rollout.staleness, self.config.steps - 1)
+        if any(asked.answers.done() and not _came(asked) for asked in self._pending):
+            return
         while self._begun.step + len(self._pending) <= last:
             step = self._begun.step + len(self._pending)
-            self._pending.append(self._thread.submit(self._collect, step))
+            answers = self._thread.submit(self._collect, step)
+            self._pending.append(Asked(answers, self._published))
 
     def _collect(self, step: int) -> Collected:
-        collected = self.collector.collect(step, self._asked.position, self.display.phase)
-        self._asked = replace(self._asked, step=step + 1, position=collected.position)
+        try:
+            collected = self.collector.collect(step, self._position, self.display.phase)
+        except BaseException:
+            for asked in list(self._pending):  # they would begin with the problems of this one
+                asked.answers.cancel()
+            raise
+        self._position = collected.position
         return collected
 
     def _mended(self, action: Callable[[], T]) -> T:
@@ -291,15 +346,13 @@ class Leader:
     def _forget_failed(self) -> None:
         """Ask again from the first step on whose answers did not come. (Those that go on do so
         now that the server has weights again; what has not begun is not begun.)"""
-        for future in self._pending:
-            future.cancel()
-        wait(self._pending)
-        kept = list(itertools.takewhile(_came, self._pending))
-        self._pending = deque(kept)
-        self._asked = self._begun
-        if kept:
-            step, position = self._begun.step + len(kept), kept[-1].result().position
-            self._asked = replace(self._begun, step=step, position=position)
+        for asked in self._pending:
+            asked.answers.cancel()
+        wait([asked.answers for asked in self._pending])
+        self._pending = deque(itertools.takewhile(_came, self._pending))
+        self._position = self._begun.position
+        if self._pending:
+            self._position = self._pending[-1].answers.result().position
 
     # --- what is told ----------------------------------------------------------------------------
 
@@ -346,7 +399,10 @@ class Leader:
 
     def finish(self) -> None:
         """At the end of a run that came to its end."""
-        self.display.say(f"curves: {draw_curves(self.folder.path)}")
+        try:
+            self.display.say(f"curves: {draw_curves(self.folder.path)}")
+        except OSError as error:  # of a full disk: `ead plot` draws them later
+            self.display.say(f"no curves: {error}")
 
     def close(self) -> None:
         """End what was started here."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from trainer_bridge import math_equal, math_final
-from trainer_bridge.tasks import Chat, Messages, Split, split_of, stable_hash
+from trainer_bridge.tasks import Chat, Messages, Split, plain, split_of, stable_hash
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class MathFile(Chat):
     path: Path
     eval_path: Path | None = Field(
         default=None,
-        description="file of the evaluation problems, which are left out of training; None: those "
-        "of `path` by eval_share",
+        description="file of the evaluation problems, which are left out of training wherever they "
+        "stand in `path`; None: those of `path` by eval_share",
     )
     system: str = "Reason step by step, and put the final answer within \\boxed{}."
 
@@ -87,15 +87,18 @@ class MathFile(Chat):
 def _math_rows(
     path: Path, eval_path: Path | None, eval_share: float, split: Split
 ) -> tuple[tuple[str, str], ...]:
-    """(question, reference answer) of a split, in the order of the file."""
+    """(question, reference answer) of a split, as the file has them; none is evaluated twice."""
     rows = _read(path)
     if eval_path is None:
-        return tuple(row for row in rows if split_of(row[0], eval_share) == split)
-    kept = _read(eval_path)
+        kept = [row for row in rows if split_of(plain(row[0]), eval_share) == "eval"]
+    else:
+        kept = list(_read(eval_path))
+    known: dict[str, tuple[str, str]] = {}
+    for row in kept:
+        known.setdefault(plain(row[0]), row)
     if split == "eval":
-        return kept
-    known = {question for question, _ in kept}
-    return tuple(row for row in rows if row[0] not in known)
+        return tuple(known.values())
+    return tuple(row for row in rows if plain(row[0]) not in known)
 
 
 @lru_cache(maxsize=4)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from safetensors import SafetensorError
 
 from ead_client import ConnectionFailed, EadError, RequestRefused, ServerUnavailable, TimedOut
 from trainer_bridge.errors import BridgeError, StaleRollout, WeightUpdateFailed
@@ -54,4 +57,13 @@ def may_pass(error: BaseException | None) -> bool:
     if isinstance(error, RequestRefused):
         # another update is in progress: of this run before it was killed
         return error.status == 409
-    return isinstance(error, ConnectionFailed | TimedOut | ServerUnavailable | StaleRollout)
+    passing = ConnectionFailed | TimedOut | ServerUnavailable | StaleRollout
+    return isinstance(error, passing) or _is_full_disk(error)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Where weights are written for the server."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, SafetensorError):  # has the system's error in its text alone
+        return any(f"(os error {number})" in str(error) for number in numbers)
+    return isinstance(error, OSError) and error.errno in numbers

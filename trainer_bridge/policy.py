@@ -14,13 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ead_sampler import device as engine
 from trainer_bridge import ranks
 from trainer_bridge.batch import RolloutBatch, Sample
-from trainer_bridge.errors import UnsupportedModel
+from trainer_bridge.errors import CheckpointFailed, UnsupportedModel
 from trainer_bridge.logprobs import TokenLogprobs, linear_logprobs
 from trainer_bridge.settings import Settings
 
@@ -129,16 +130,23 @@ class Policy(nn.Module):
         ranks.shard(self, self._base.get_decoder().layers)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """A folder that transformers and SGLang load. Every rank must call it."""
+        """A folder that transformers and SGLang load. Every rank must call it. Raises
+        CheckpointFailed."""
         weights = {}
         for name, weight in self.named_weights():  # all ranks gather each, and one keeps it
             if ranks.rank() == 0:
                 weights[name] = weight.cpu().contiguous()
         if ranks.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-            for part in (self._base.config, self._base.generation_config, tokenizer):
-                part.save_pretrained(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+                for part in (self._base.config, self._base.generation_config, tokenizer):
+                    part.save_pretrained(folder)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointFailed(
+                    f"cannot write the model to {folder}: {error}; --resume writes it of the last "
+                    "checkpoint"
+                ) from error
 
     def without_adapters(self) -> Any:
         """A context in which the policy is the model that its adapters were put on."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer_bridge.errors import BadConfig
+from trainer_bridge.growing import EventFile, GrowingFile, write_whole
 from trainer_bridge.settings import Settings
 
 _PACKAGES = ("ead", "sglang", "torch", "transformers", "peft", "reasoning-gym", "math-verify")
@@ -57,26 +58,35 @@ class ReportConfig(Settings):
 class RunFolder:
     """The folder of one run; a run that goes on continues the files of the first.
 
+    What the disk refuses later is written when it takes it again, and the run goes on meanwhile.
     resumed_at: the step it goes on with; what was written of that step or later is dropped.
-    Raises ImportError for a tracker that is not installed.
+    say: told when the disk begins to refuse, and when all is written. Raises ImportError for a
+    tracker that is not installed, OSError.
     """
 
     def __init__(
-        self, path: Path, config: ReportConfig, described: Mapping[str, Any], resumed_at: int
+        self,
+        path: Path,
+        config: ReportConfig,
+        described: Mapping[str, Any],
+        resumed_at: int,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.path = path
         self.config = config
         (path / "samples").mkdir(parents=True, exist_ok=True)
-        _write_whole(path / "config.json", json.dumps(described, indent=1).encode())
-        _write_whole(path / "versions.json", json.dumps(_versions(), indent=1).encode())
-        self._metrics = path / "metrics.jsonl"
-        _drop_from(self._metrics, resumed_at)
+        write_whole(path / "config.json", json.dumps(described, indent=1).encode())
+        write_whole(path / "versions.json", json.dumps(_versions(), indent=1).encode())
+        self._metrics = GrowingFile(path / "metrics.jsonl")
+        _drop_from(self._metrics.path, resumed_at)
         self.told = {entry["step"] for entry in read_metrics(path)}
-        self._board: Any = None
+        self._board: EventFile | None = None
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(path / "tensorboard"), purge_step=resumed_at)
+            (path / "tensorboard").mkdir(exist_ok=True)
+            self._board = EventFile(path / "tensorboard", purge_step=resumed_at)
+        self._samples: dict[Path, bytes] = {}  # that are not written yet
+        self._say = say
+        self._refused = False  # when last tried
         self._tracker: Any = None
         if config.tracker is not None:
             self._tracker = importlib.import_module(config.tracker)
@@ -84,23 +94,41 @@ class RunFolder:
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._metrics.add(json.dumps({"step": step, **metrics}).encode() + b"\n")
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            self._board.metrics(step, metrics)
+        self._write()
         if self._tracker is not None:
             self._tracker.log(dict(metrics), step=step)
 
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Keep the first few answers of a step."""
         lines = [json.dumps(sample) + "\n" for sample in islice(samples, self.config.samples)]
-        (self.path / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines))
+        file = self.path / "samples" / f"step-{step:06d}.jsonl"
+        self._samples[file] = "".join(lines).encode()
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            self._metrics.write()
+            if self._board is not None:
+                self._board.write()
+            for file in list(self._samples):
+                write_whole(file, self._samples[file])
+                del self._samples[file]
+        except OSError as error:
+            if not self._refused:
+                self._say(f"cannot write ({error}): the run goes on, and writes it when it can")
+            self._refused = True
+        else:
+            if self._refused:
+                self._say(f"what could not be written to {self.path} is written")
+            self._refused = False
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._write()
+        if self._refused:
+            self._say(f"{self.path} lacks what could not be written")
         if self._tracker is not None:
             self._tracker.finish()
 
@@ -156,14 +184,7 @@ def _drop_from(metrics: Path, step: int) -> None:
     if dropped:
         with metrics.with_name("metrics.dropped.jsonl").open("ab") as file:
             file.writelines(dropped)
-    _write_whole(metrics, b"".join(kept))
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    """All of it or nothing, for those who read it meanwhile or after a kill."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(file)
+    write_whole(metrics, b"".join(kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -57,13 +57,15 @@ _BUILT_IN = {
 }
 
 
-# Of these, SmolLM2-135M-Instruct answers a fifth at temperature 1, and two thirds greedily.
+# Of these, SmolLM2-135M-Instruct answers a fifth at temperature 1, and two thirds greedily. There
+# are 55, in any order of the factors.
 PRODUCTS = {
     "dataset": "products",
     "settings": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "system": "Answer with the number only.",
     "examples": (("3 * 3 =", "9"), ("5 * 0 =", "0"), ("2 * 7 =", "14")),
     "answer_pattern": r"-?\d+",
+    "eval_share": 0.3,
 }
 
 
@@ -117,6 +119,11 @@ class Chat(Settings):
             for role, text in zip(("user", "assistant"), example, strict=True)
         ]
         return (*system, *turns, {"role": "user", "content": question})
+
+
+def plain(question: str) -> str:
+    """The question without what nobody sees: texts that differ by blanks alone are one question."""
+    return " ".join(question.split())
 
 
 def split_of(question: str, eval_share: float) -> Split:

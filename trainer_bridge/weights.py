@@ -27,10 +27,12 @@ from urllib.parse import quote
 
 import torch
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ead_client import Client, EadError
+from ead_client import Client, ConnectionFailed, EadError
+from ead_client._checks import error_of
 from ead_client._json import lines_of
 from trainer_bridge.broadcast import BroadcastGroup
 from trainer_bridge.errors import WeightUpdateFailed
@@ -130,7 +132,7 @@ class WeightPublisher:
         buckets = self._buckets(tensors, sent, as_they_are=lora_scale is not None)
         try:
             seconds = self._send(buckets, str(version), lora_scale)
-        except (EadError, OSError) as error:
+        except (EadError, OSError, SafetensorError) as error:
             raise WeightUpdateFailed(str(error), self._serving()) from error
         seconds["total"] = time.perf_counter() - started
         return SyncReport(str(version), seconds, sent["bytes"], sent["tensors"])
@@ -269,7 +271,7 @@ class DistributedPublisher(WeightPublisher):
                 seconds: dict[str, float] = line["seconds"]
                 return seconds
             if "error" in line:
-                raise EadError(line["error"]["message"]) from failure
+                raise error_of(line, None) from failure  # as the same error outside of a stream
             try:
                 if line["do"] == "join":
                     group.join()
@@ -280,7 +282,7 @@ class DistributedPublisher(WeightPublisher):
             except RuntimeError as error:  # of torch.distributed; the server will say more
                 failure = error
                 group.close()
-        raise EadError("the server's answer broke off") from failure
+        raise ConnectionFailed("the server's answer broke off") from failure
 
     def _joinable_group(self) -> BroadcastGroup:
         """The group that the server is in, or a new one."""

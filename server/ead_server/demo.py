@@ -24,14 +24,12 @@ from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING
 from ead_server import models
 from ead_server.chat import COLUMNS, heat
-from ead_server.process import ServerProcess
+from ead_server.process import ServerProcess, flags_beside_a_trainer
 
 QUESTION = "Tell me one surprising fact about the sea, in one sentence."
 # The paper's numbers are sized for long mathematics; these anneal within forty tokens.
 CHAT_SCHEDULE = {"tau_max": 1.2, "tau_min": 0.1, "decay": 50.0, "warmup": 4, "step": 0}
 TRAIN_SCHEDULE = {"tau_max": 1.2, "tau_min": 0.3, "decay": 16.0, "decay_growth": 1.0, "warmup": 1}
-# bfloat16 would round a step of a few 1e-6 away, and the server would lag behind the trainer
-DTYPE = "float32"
 CHAT_TOKENS = 48
 CHAT_SAMPLES = 8
 
@@ -46,7 +44,8 @@ def run(*, steps: int, out: Path, port: int) -> None:
     console.rule("[bold]1  Model and server")
     console.print(f"device: {device.choose()}")
     model = models.pull()
-    arguments = ["--dtype", DTYPE, "--weights-root", str(out)]
+    flags = flags_beside_a_trainer(on_cpu=device.is_cpu())
+    arguments = [*flags, "--weights-root", str(out)]
     environ = {DEFAULT_ANNEALING: ""}  # the demo says itself what it samples with
     with ServerProcess(arguments, out / "server.log", port=port, environ=environ) as server:
         with _waiting(console, "starting SGLang") as say:

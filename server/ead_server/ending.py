@@ -29,8 +29,8 @@ from ead_server import state, watch
 from ead_server.asgi import Message, Receive
 from ead_server.settings import current
 
-ABORT_SECONDS = 4.0  # for answers that were aborted to reach their clients
-RELEASE_SECONDS = 4.0  # for the scheduler to give back memory, and connections to close
+ABORT_SECONDS = 3.0  # for answers that were aborted to reach their clients
+RELEASE_SECONDS = 3.0  # for the scheduler to give back memory, and connections to close
 
 
 class _Ending:

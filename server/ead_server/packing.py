@@ -1,4 +1,5 @@
-"""How rollouts are written: JSON, safetensors, and streams of either, group by group.
+"""How rollouts are written: JSON, safetensors, and streams of either, group by group, with a space
+or a frame without groups where they would be silent for long.
 
 Safetensors because any language reads it, it holds numbers only, and a reader can look at its
 arrays where they lie. The arrays of all answers are put end to end:
@@ -101,6 +102,9 @@ def json_line(group: Group) -> bytes:
     return json_group(group) + b"\n"
 
 
+QUIET_LINE = b" "  # before the next line: no line of its own, and nothing to those who read JSON
+
+
 def last_json_line(job: Job) -> bytes:
     return dumps({**job.about(), "object": "rollouts.end", "usage": job.usage()}) + b"\n"
 
@@ -111,6 +115,12 @@ def binary_answer(job: Job) -> bytes:
 
 def frame(group: Group) -> bytes:
     packed = pack([group], {"object": "rollouts.group"})
+    return len(packed).to_bytes(8, "little") + packed
+
+
+def quiet_frame() -> bytes:
+    """A frame of no group, whose reader sees that the stream goes on."""
+    packed = pack([], {"object": "rollouts.quiet"})
     return len(packed).to_bytes(8, "little") + packed
 
 

@@ -133,6 +133,15 @@ class ServerProcess:
         self.stop()
 
 
+def flags_beside_a_trainer(*, on_cpu: bool) -> list[str]:
+    """SGLang's, for a server that shares its device with what trains its model."""
+    if on_cpu:  # a trainer's steps are smaller than bfloat16 resolves
+        return ["--dtype", "float32"]
+    # Attention on a GPU takes 16 bits, and of a float32 model SGLang would make float16. By itself
+    # it takes nearly all memory; a trainer needs 16 bytes per weight, and room for activations.
+    return ["--dtype", "bfloat16", "--mem-fraction-static", "0.4"]
+
+
 def _api_key(arguments: Sequence[str], environ: Mapping[str, str]) -> str | None:
     """The key that such a server asks of its callers."""
     key, file = environ.get("EAD_API_KEY"), environ.get("EAD_API_KEY_FILE")

@@ -45,6 +45,9 @@ Json = dict[str, Any]
 # (and of 128 tokens; null: as many as fit the context)
 UNTRUNCATED = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_new_tokens": None}
 MAX_MESSAGE = 2_000  # characters of an error
+# Seconds without a byte after which a stream shows that it goes on: clients and proxies take longer
+# silence for a lost connection.
+QUIET_S = 30.0
 MAX_PROMPTS = 65_536  # of one request, whatever --max-answers is
 MAX_SEED = 1 << 62  # either sign; the seeds that count up from it fit 64 bits
 
@@ -337,10 +340,22 @@ class Job:
         self.groups = groups
         self.tasks = [asyncio.create_task(group.run(engine)) for group in groups]
 
-    async def as_completed(self) -> AsyncIterator[Group]:
-        """Groups in the order in which they complete; any number of times."""
-        for task in asyncio.as_completed(self.tasks):
-            yield await task
+    async def as_completed(self) -> AsyncIterator[Group | None]:
+        """Groups in the order in which they complete, any number of times; None whenever none has
+        for QUIET_S."""
+        finished: asyncio.Queue[asyncio.Task[Group]] = asyncio.Queue()
+        for task in self.tasks:
+            task.add_done_callback(finished.put_nowait)
+        came = 0
+        while came < len(self.tasks):
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    task = await finished.get()
+            except TimeoutError:
+                yield None
+                continue
+            came += 1
+            yield task.result()
 
     async def wait(self) -> None:
         await asyncio.gather(*self.tasks)

@@ -228,14 +228,17 @@ async def create_rollouts(request: Request) -> Response:
 async def _streamed(
     job: Job, form: str, started: float, *, keep: bool
 ) -> AsyncGenerator[bytes, None]:
-    one, last = (
-        (packing.json_line, packing.last_json_line)
+    one, last, quiet = (
+        (packing.json_line, packing.last_json_line, packing.QUIET_LINE)
         if form == packing.NDJSON
-        else (packing.frame, packing.last_frame)
+        else (packing.frame, packing.last_frame, packing.quiet_frame())
     )
     size = 0
     try:
         async for group in job.as_completed():
+            if group is None:
+                yield quiet
+                continue
             part = await off_loop(_size(group), one, group)
             size += len(part)
             yield part

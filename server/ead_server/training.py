@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -19,7 +20,7 @@ from ead_client import Client, ConnectionFailed, EadError, ServerUnavailable
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING
 from ead_server import models
-from ead_server.process import ServerProcess
+from ead_server.process import ServerProcess, flags_beside_a_trainer
 from ead_server.settings import read_key
 from trainer_bridge.config import ServerConfig, TrainConfig, read_config
 from trainer_bridge.errors import BadConfig
@@ -27,6 +28,7 @@ from trainer_bridge.evaluate import evaluate
 from trainer_bridge.loop import train
 from trainer_bridge.report import Display
 from trainer_bridge.reward_runner import RewardRunner
+from trainer_bridge.start_checks import build_task, check_evaluation, check_run
 
 # `--restart`: a server that dies comes back on the same port, with the same keys
 _COMMAND = (sys.executable, "-m", "ead_server.cli", "serve", "--restart")
@@ -69,25 +71,35 @@ def server_for(
     """
     if config.url is not None:
         with Client(
-            config.url, api_key=_key("EAD_API_KEY"), admin_api_key=_key("EAD_ADMIN_API_KEY")
+            config.url,
+            api_key=_key("EAD_API_KEY"),
+            admin_api_key=_key("EAD_ADMIN_API_KEY"),
+            timeout=_timeout(config),
         ) as client:
             server = WaitedFor(client, config.patience_s)
             server.wait_until_ready()
             yield server
         return
-    # float32, since a trainer's steps are smaller than bfloat16 resolves
-    arguments = ["--model-path", model, "--dtype", "float32", "--weights-root", str(folder)]
+    device.choose()
     log = folder / "server.log"
-    arguments += config.arguments
+    flags = flags_beside_a_trainer(on_cpu=device.is_cpu())
+    arguments = ["--model-path", model, "--weights-root", str(folder), *flags, *config.arguments]
     # a run says itself what it samples with
     environ = {DEFAULT_ANNEALING: ""}
     with ServerProcess(arguments, log, command=_COMMAND, environ=environ) as process:
         say(f"starting a server, log in {log}")
         process.wait_until_ready(config.patience_s)
         with Client(
-            process.url, api_key=process.api_key, admin_api_key=process.admin_api_key
+            process.url,
+            api_key=process.api_key,
+            admin_api_key=process.admin_api_key,
+            timeout=_timeout(config),
         ) as client:
             yield WaitedFor(client, config.patience_s)
+
+
+def _timeout(config: ServerConfig) -> httpx.Timeout:
+    return httpx.Timeout(config.silence_s, connect=5.0)
 
 
 def _key(variable: str) -> str | None:
@@ -103,11 +115,14 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
     device.choose()  # before anything imports transformers, see ead_sampler/device.py
     from transformers.utils import logging
 
-    config = _with_model(read_config(arguments))
+    config, leads = read_config(arguments), int(os.environ.get("RANK", "0")) == 0
+    if leads:  # before a model is pulled and a server is started
+        check_run(config, build_task(config.task))
+    config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # ours is enough
     with Display(_console(), config.steps) as display:
-        if int(os.environ.get("RANK", "0")) != 0:
+        if not leads:
             train(config, folder, None, display, resume=resume)
             return
         with server_for(config.server, config.model.path, folder, display.say) as server:
@@ -117,10 +132,11 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
 def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None:
     """`ead eval`: see there. Everything but the result goes to stderr."""
     config = read_config(arguments)
+    task = build_task(config.task)
+    check_evaluation(config.evaluation, task)
     if config.server.url is None:  # else the model is that server's
         config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
-    task = config.task.build()
     console = _console(stderr=True)
     with (
         server_for(config.server, config.model.path, folder, console.print) as server,
