@@ -700,13 +700,13 @@ def test_a_server_that_is_gone_is_told_in_time(
     silent: bool, reference: Reference, tmp_path: Path
 ) -> None:
     """Whether its port is closed, or takes connections that nobody answers: after the client's
-    time-out (2 s here, of two requests), not after the 30 s that a broadcast may take."""
+    time-out (1 s here, of two requests), not after the 30 s that a broadcast may take."""
     with socket.socket() as there:
         there.bind(("127.0.0.1", 0))
         if silent:
             there.listen()
         url = f"http://127.0.0.1:{there.getsockname()[1]}"
-        with Client(url, retries=0, timeout=2) as nobody:
+        with Client(url, retries=0, timeout=1) as nobody:
             for way in WAYS:
                 publisher = weight_publisher(nobody, config(way, tmp_path))
                 began = time.monotonic()
