@@ -167,6 +167,9 @@ def test_a_group_that_the_server_refuses_is_counted(runners: Any) -> None:
     assert got.metrics["rollout/groups"] == 3
     assert got.metrics["rollout/groups_failed"] == 1
     assert got.metrics["rollout/answers_failed"] == 4
+    server.refused = {1, 2, 3}
+    with pytest.raises(TooFewRollouts, match=r"'answers_failed': 12.*; the server said: too long$"):
+        made.collect(0, 0)
 
 
 class Ten(Letters):

@@ -128,6 +128,7 @@ class Collector:
         self.runner = runner
         self.tokenizer = tokenizer
         self.versions = versions
+        self._refusal = ""  # what the server said of the last group that failed
 
     def collect(
         self, step: int, position: int, progress: Callable[[str], None] = lambda line: None
@@ -164,7 +165,9 @@ class Collector:
         if not groups:
             ran_out = not self._problems(position, 1)
             why = f"{self.task.name} has no problem {position}" if ran_out else f"{dict(counts)}"
-            raise TooFewRollouts(f"step {step}: no group of two scored answers is left: {why}")
+            raise TooFewRollouts(
+                f"step {step}: no group of two scored answers is left: {why}{self._refusal}"
+            )
         scored = [
             (index, answer, reward)
             for index, group in sorted(groups.items())
@@ -230,6 +233,7 @@ class Collector:
             )
             for group in groups:
                 if group.error is not None:
+                    self._refusal = f"; the server said: {group.error.get('message')}"
                     counts["answers_failed"] += size
                     score(group.index, [])
                     continue
