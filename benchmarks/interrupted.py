@@ -179,7 +179,7 @@ def kill_trainer(trainer: subprocess.Popen[bytes], ranks: int) -> None:
     """One of its ranks, after which torchrun ends the others."""
     family = psutil.Process(trainer.pid).children(recursive=True)
     workers = [one for one in family if "train" in one.cmdline()] if ranks > 1 else []
-    (random.choice(workers) if workers else psutil.Process(trainer.pid)).kill()
+    (workers[0] if workers else psutil.Process(trainer.pid)).kill()
     trainer.wait(120)
     for process in family:  # ranks whose torchrun had not begun to watch them
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -189,9 +189,8 @@ def kill_trainer(trainer: subprocess.Popen[bytes], ranks: int) -> None:
 
 def differences(got: Path, want: Path, steps: int) -> Found:
     ours, theirs = (load_file(next((run / "model").glob("*.safetensors"))) for run in (got, want))
-    largest = max(
-        float(np.abs(weight.astype(np.float64) - ours[name]).max())
-        for name, weight in theirs.items()
+    largest = float(  # NaN where there is one
+        np.max([np.abs(w.astype(np.float64) - ours[name]).max() for name, w in theirs.items()])
     )
     entries = read_metrics(got)
     written = Counter(entry["step"] for entry in entries)

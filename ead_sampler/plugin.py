@@ -101,7 +101,7 @@ HOOKS = (
         "self probs sampling_info positions simple_sampling_case",
         "AROUND",
         "ead_sampler.seeds:draw",
-        "a seed gives other tokens beside a request with cuts; beside min_p it ends the server",
+        "a seed's tokens change when another request has top_p or top_k; min_p ends the server",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",

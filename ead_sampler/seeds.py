@@ -37,5 +37,7 @@ def only_kept(probs: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> 
     """The probabilities of the tokens that each row's cuts keep, and 0: float [B, V], not
     normalised. top_ks: int [B]; top_ps, min_ps: float [B]."""
     ordered, tokens = probs.sort(dim=-1, descending=True)
+    # rounded sums may exceed 1, which is no cut
+    top_ps = top_ps.masked_fill(top_ps >= 1.0, torch.inf)
     ordered.mul_(kept(ordered, top_ks, top_ps, min_ps))
     return torch.zeros_like(probs).scatter_(-1, tokens, ordered)

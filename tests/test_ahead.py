@@ -18,6 +18,7 @@ from ead_client import ConnectionFailed
 from trainer_bridge.checkpoint import Progress
 from trainer_bridge.collected import Collected
 from trainer_bridge.config import read_config
+from trainer_bridge.errors import TooFewRollouts
 from trainer_bridge.loop import Leader, Weights
 from trainer_bridge.report import Display
 from trainer_bridge.trainer import ScoredAnswers
@@ -33,6 +34,7 @@ class Record:
         self.published = -1
         self.events: list[tuple[str, int, int]] = []
         self.fails: list[int] = []
+        self.error: Exception = ConnectionFailed("gone")
         self.may_go_on = threading.Event()
 
     def collect(self, step: int, position: int, progress: Callable[[str], None]) -> Collected:
@@ -41,7 +43,7 @@ class Record:
         assert position == step * PROBLEMS
         if step in self.fails:
             self.fails.remove(step)
-            raise ConnectionFailed("gone")
+            raise self.error
         answers = ScoredAnswers([], [float(self.published)], [], [])
         return Collected(answers, position + PROBLEMS, {}, ())
 
@@ -61,13 +63,13 @@ def record() -> Record:
 def leader_of(tmp_path: Path, record: Record) -> Iterator[Callable[..., Leader]]:
     made: list[Leader] = []
 
-    def make(staleness: int, begin: Progress) -> Leader:
+    def make(staleness: int, begin: Progress, *more: str) -> Leader:
         settings = [
             f"rollout.staleness={staleness}",
             "correction.kind=tis",
             "task.kind=toys:Letters",
         ]
-        settings += ["steps=6", "reward.workers=1", "report.tensorboard=false"]
+        settings += ["steps=6", "reward.workers=1", "report.tensorboard=false", *more]
         server = SimpleNamespace(client=SimpleNamespace(), wait_until_ready=lambda: None)
         display = Display(Console(quiet=True), 6)
         leader = Leader(read_config(settings), tmp_path, server, None, display, begin)
@@ -116,6 +118,38 @@ def test_answers_lost_with_the_server_come_from_the_same_weights_again(
         ("published", 0, 0),
         ("asked", 1, 0),
     ]
+
+
+def test_a_failure_that_does_not_pass_does_not_take_the_step_before_it(
+    leader_of: Callable[..., Leader], record: Record
+) -> None:
+    """Its update is made, and still to be published and written down."""
+    record.error = TooFewRollouts("nothing")
+    record.fails = [1]
+    leader = leader_of(1, Progress(0, 0, "run"))
+    leader.publish(WEIGHTS, 0)
+    record.may_go_on.set()
+    leader.collect(0)
+    leader.wait_for_asked()
+    leader.publish(WEIGHTS, 1)
+    with pytest.raises(TooFewRollouts):
+        leader.collect(1)
+
+
+@pytest.mark.parametrize(
+    "change", ["rollout.max_new_tokens=7", "rollout.refills=1", "correction.cap=3"]
+)
+def test_answers_of_other_settings_are_not_kept(
+    change: str, leader_of: Callable[..., Leader], record: Record
+) -> None:
+    record.may_go_on.set()
+    leader_of(1, Progress(0, 0, "run")).close()
+    kept = record.collect(1, PROBLEMS, lambda line: None)
+    record.events.clear()
+    resumed = leader_of(1, Progress(1, PROBLEMS, "run", ahead=(kept,)), change)
+    resumed.publish(WEIGHTS, 1)
+    assert resumed.collect(1) is not kept
+    assert record.events[:2] == [("published", 1, 1), ("asked", 1, 1)]
 
 
 def test_a_run_goes_on_with_what_older_weights_had_given(

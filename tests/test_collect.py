@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,8 +59,13 @@ class FormulaServer:
         reason = "length" if count == length else "abort"
         return Choice(index=index, text=text, finish_reason=reason, rollout=rollout)
 
-    def stream_rollouts(self, prompts: list[Any], *, n: int, **asked: Any) -> Iterator[Group]:
+    def stream_rollouts(self, prompts: list[Any], *, n: int = 1, **asked: Any) -> Iterator[Group]:
         self.asked.append(asked)
+        if isinstance(prompts[0], dict):  # the rest of one
+            ids, prefix = prompts[0]["token_ids"], prompts[0]["prefix_token_ids"]
+            answer = self._answer(0, ids, prefix, **asked)
+            yield Group(index=0, prompt_token_ids=[*ids, *prefix], answers=[answer])
+            return
         first = asked.get("sampling_seed")
         for index in range(len(prompts)):
             if (index + 1) in self.refused:
@@ -74,14 +78,6 @@ class FormulaServer:
                 own = {**asked, "sampling_seed": seed}
                 answers.append(self._answer(number, [index + 1], [], **own))
             yield Group(index=index, prompt_token_ids=[index + 1], answers=answers)
-
-    def rollouts(self, prompts: list[Any], **asked: Any) -> Any:
-        self.asked.append(asked)
-        (prompt,) = prompts
-        ids, prefix = prompt["token_ids"], prompt["prefix_token_ids"]
-        answer = self._answer(0, ids, prefix, **asked)
-        group = Group(index=0, prompt_token_ids=[*ids, *prefix], answers=[answer])
-        return SimpleNamespace(groups=[group])
 
 
 class Tokenizer:

@@ -134,7 +134,7 @@ def test_an_evaluation_reports_the_estimates_of_the_answers_it_got(
         assert estimate.low <= estimate.value <= estimate.high
         assert estimate.problems == 10
     assert got.estimates["mean@5"].low < got.estimates["mean@5"].high
-    assert got.interval == "80% bootstrap over problems, seed 3, for rewards from 0 to 1"
+    assert got.interval == "80% over problems (arXiv 1905.06208), seed 3, for rewards from 0 to 1"
 
     assert (got.task, got.problems, got.n, got.scored, got.failures) == ("letters", 10, 5, 50, {})
     assert got.weight_versions == [listening.model_info()["weight_version"]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -37,7 +39,8 @@ def streamed(form: str, quiet: int) -> list[bytes]:
         groups: list[rollouts.Group] = [
             Slow(index, rollouts.Prompt(text="x"), 1, {}) for index in range(2)
         ]
-        job = rollouts.Job(groups, None, "m")  # type: ignore[arg-type]
+        engine: Any = SimpleNamespace(at_work=lambda: True)
+        job = rollouts.Job(groups, engine, "m")
         found: list[bytes] = []
         waited = 0
         async for part in routes._streamed(job, form, 0.0, keep=False):
@@ -75,6 +78,18 @@ def test_a_silent_stream_of_lines_has_no_other_lines() -> None:
     lines = [json.loads(line) for line in body.split(b"\n")[:-1]]
     assert [line["object"] for line in lines] == ["rollouts.group"] * 2 + ["rollouts.end"]
     assert [line["index"] for line in lines[:2]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("paused", "silent_s", "at_work"), [(False, 0, True), (True, 0, False), (False, 400, False)]
+)
+def test_an_engine_that_stands_still_gives_no_sign_of_life(
+    paused: bool, silent_s: float, at_work: bool
+) -> None:
+    manager = SimpleNamespace(is_pause=paused, last_receive_tstamp=time.time() - silent_s)
+    engine = rollouts.Engine.__new__(rollouts.Engine)
+    engine.manager = manager
+    assert engine.at_work() is at_work
 
 
 def test_how_long_a_run_bears_silence_is_a_setting() -> None:

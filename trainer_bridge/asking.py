@@ -24,8 +24,8 @@ def ask(
     """As `client.stream_rollouts`, whatever n and however many prompts: call after call, each for
     at most so many answers. A seed counts on over all of them as over those of one call.
 
-    prompts: lists of messages. A group of several calls comes when its last part has come; an error
-    of a part is the group's.
+    prompts: lists of messages. A group that is split over calls is yielded when all its parts are
+    there; if one part failed, the group has its error.
     """
     if sampling_seed is not None:
         fields["sampling_seed"] = sampling_seed

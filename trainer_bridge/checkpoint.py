@@ -155,7 +155,8 @@ def load(folder: Path, trainer: Trainer, say: Callable[[str], None]) -> Progress
     trainer.updates, trainer.skipped = about["updates"], about["skipped"]
     trainer.entropy_anchor = about["entropy_anchor"]
     run_id = about.get("run_id") or new_run_id()  # older checkpoints have none
-    ahead = load_steps(newest / _AHEAD) if (newest / _AHEAD).exists() else ()
+    kept = newest / _AHEAD
+    ahead = load_steps(kept) if ranks.rank() == 0 and kept.exists() else ()
     return Progress(about["step"], about["position"], run_id, about.get("untold") or {}, ahead)
 
 

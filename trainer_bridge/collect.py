@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 
 from ead_client import Choice, Client, RequestRefused, Rollout
 from trainer_bridge.advantages import overlong_penalty
-from trainer_bridge.asking import ask
+from trainer_bridge.asking import MOST_ANSWERS, ask
 from trainer_bridge.batch import Sample
 from trainer_bridge.collected import Collected
 from trainer_bridge.errors import StaleRollout, TooFewRollouts
@@ -45,6 +45,7 @@ _OWN_SETTINGS = {
     "n": "rollout.samples_per_prompt",
     "max_new_tokens": "rollout.max_new_tokens",
     "annealing": "rollout.annealing",
+    "most_answers": "rollout.answers_per_request",
     **dict.fromkeys(("prompts", "entropies", "texts", "idempotency_key"), "the run itself"),
 }
 
@@ -74,6 +75,9 @@ class RolloutConfig(Settings):
         description="rounds of further problems in place of groups without signal, whose "
         "rewards are all equal (dynamic sampling); 0: they are kept, and teach nothing",
     )
+    answers_per_request: int = Field(
+        MOST_ANSWERS, ge=1, description="at most; `ead serve --max-answers` is as many"
+    )
     overlong_buffer: int = Field(
         0, ge=0, description="last tokens over which an answer loses reward (DAPO); 0: none"
     )
@@ -81,8 +85,8 @@ class RolloutConfig(Settings):
     seeded: bool = Field(
         False,
         description="every answer gets a seed of its own, so that a run can be repeated, where "
-        "the server honours seeds; with staleness, new weights then wait for the answers in "
-        "progress, whose tokens would else be from two versions",
+        "the server honours seeds; with staleness, weights are then published only when all "
+        "answers in progress are complete, so that none mixes two versions",
     )
 
     @property
@@ -227,6 +231,7 @@ class Collector:
                 self.client,
                 [list(problem.messages) for problem in problems],
                 n=size,
+                most_answers=self.config.answers_per_request,
                 annealing={**self.config.annealing, "step": step},
                 max_new_tokens=self.config.max_new_tokens,
                 **fields,
@@ -279,10 +284,10 @@ class Collector:
             prompt = turns[0].prompt_token_ids if turns else rollout.prompt_token_ids
             assert prompt is not None
             try:
-                (group,) = self.client.rollouts(
+                (group,) = self.client.stream_rollouts(  # streams are never silent for long
                     [{"token_ids": prompt.tolist(), "prefix_token_ids": generated.tolist()}],
                     **self._rest(step, len(generated), seed),
-                ).groups
+                )
             except RequestRefused:  # a schedule that cannot be resumed from its tokens alone
                 return None
             if not group.answers:

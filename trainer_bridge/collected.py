@@ -67,14 +67,16 @@ def save_steps(steps: Sequence[Collected], file: Path) -> None:
         }
         for step in steps
     ]
-    file.write_bytes(save(arrays, metadata={"steps": json.dumps(about)}))
+    # as an array, since what safetensors says about a file may not be over 100 MB
+    arrays["json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    file.write_bytes(save(arrays))
 
 
 def load_steps(file: Path) -> tuple[Collected, ...]:
     """What `save_steps` wrote."""
     with safe_open(file, framework="numpy") as opened:
-        about = json.loads(opened.metadata()["steps"])
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    about = json.loads(arrays["json"].tobytes())
     steps, samples = [], _samples(arrays, [n for step in about for n in step["lengths"]])
     for step in about:
         answers = ScoredAnswers(

@@ -46,7 +46,7 @@ class ServerConfig(Settings):
         600.0,
         gt=0,
         description="how long an answer may send nothing before its connection counts as lost; "
-        "rollouts send something every 30 s, the rest of an aborted answer only all at once",
+        "while its engine is at work, a server sends a sign of life every 30 s",
     )
 
 

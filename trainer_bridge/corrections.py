@@ -35,8 +35,9 @@ do, is a choice of objective that no weight undoes.
 - annealed: exactly the gradient of E_mu[R], mu being a function of the parameters: it trains the
   tempered policy itself. No weight repairs a difference between the server's mu and the trainer's,
   so a run refuses whatever else shapes mu (top_p, penalties, a grammar).
-- tokens that mu cannot choose (top_p, top_k, min_p, a grammar): min(pi, cap mu) is 0 there, so what
-  pi gives them is left out, whatever the cap, and sequence too is exact only for what mu can give.
+- tokens that mu cannot choose (top_p, top_k, min_p, a grammar): min(pi, cap mu) is 0 there, so
+  their share of the objective is missing, whatever the cap. sequence, too, is exact only over the
+  answers that mu can give.
 - none: the surrogate's terms with mu in place of pi, which are the gradient of neither.
 """
 

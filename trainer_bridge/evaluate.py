@@ -150,8 +150,9 @@ def evaluate(
         failures={kind: count for kind, count in sorted(failures.items()) if count},
         mean_tokens=_mean([len(rollout) for rollout in scored]),
         truncated=_mean([rollout.finish_reason == "length" for rollout in scored]),
-        interval="{:g}% bootstrap over problems, seed {}, for rewards from {:g} to {:g}".format(
-            100 * config.confidence, config.seed, *_bounds(table, config)
+        interval=(
+            f"{100 * config.confidence:g}% over problems (arXiv 1905.06208), seed {config.seed}, "
+            "for rewards from {:g} to {:g}".format(*_bounds(table, config))
         ),
         estimates=dict(_estimates(table, votes if final_answer else None, config)),
         rewards=[[None if np.isnan(r) else float(r) for r in row] for row in table],

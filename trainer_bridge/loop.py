@@ -2,7 +2,7 @@
 
 With `rollout.staleness` = k, answers for later steps are generated while the policy is updated,
 from weights at most k updates old; with 0, one thing happens after the other. A checkpoint keeps
-those that only older weights could give again.
+the answers that older weights gave: a run that goes on does not have those weights any more.
 
 A run goes on from its newest checkpoint with `resume`. A server that dies or loses its weights is
 waited for, given the weights again, and asked again: an answer counts only if it was sampled from
@@ -32,7 +32,7 @@ from trainer_bridge.collected import Collected
 from trainer_bridge.config import TrainConfig
 from trainer_bridge.errors import BadConfig, CheckpointFailed, StaleRollout
 from trainer_bridge.evaluate import evaluate
-from trainer_bridge.mending import mended
+from trainer_bridge.mending import may_pass, mended
 from trainer_bridge.policy import Policy, load_policy
 from trainer_bridge.report import Display, RunFolder, changes, check_folder, draw_curves
 from trainer_bridge.reward_runner import RewardRunner
@@ -113,6 +113,7 @@ def train(
             assert server is not None
             leader = Leader(config, folder, server, tokenizer, display, begin)
             at_the_end.callback(leader.close)
+        begin = replace(begin, ahead=())  # many answers, which the leader alone has a use for
         _run(config, saved, trainer, leader, begin)
         policy.save(folder / "model", tokenizer)
         if leader is not None:
@@ -178,8 +179,9 @@ def _save(
 def _weights(policy: Policy, config: TrainConfig) -> Weights:
     """The policy's weights as they are now, as often as they are asked for.
 
-    Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU. So are those
-    that answers must be from which are still asked for after the next update.
+    Sharded ones are gathered here, where all ranks are, and held by rank 0 on the CPU. With
+    `versions_apart` they are copied too, since after the next update answers may have to be asked
+    of them again.
     """
     adapters = policy.has_adapters and config.sync.sends_adapters
     named = policy.named_adapters if adapters else policy.named_weights
@@ -207,6 +209,11 @@ def _came(asked: Asked) -> bool:
     return not asked.answers.cancelled() and asked.answers.exception() is None
 
 
+def _shapes_answers(change: str) -> bool:
+    """Whether answers or rewards would be others under a changed setting, or not allowed."""
+    return change.startswith(("task.", "rollout.", "reward.", "correction."))
+
+
 def _given(collected: Collected) -> Future[Collected]:
     future: Future[Collected] = Future()
     future.set_result(collected)
@@ -229,15 +236,21 @@ class Leader:
         self.server = server
         self.display = display
         self.task = build_task(config.task)
-        check_run(config, self.task)
+        described = config.model_dump(mode="json")
+        changed = changes(folder, described) if begin.step else []
+        dropped = len(begin.ahead) if any(map(_shapes_answers, changed)) else 0
+        if dropped:
+            begin = replace(begin, ahead=())
+        asked = begin.step + len(begin.ahead)
+        # the next problem to ask about; only the thread that asks moves it
+        self._position = begin.ahead[-1].position if begin.ahead else begin.position
+        check_run(config, self.task, steps=config.steps - asked, first=self._position)
         self.runner = RewardRunner(self.task.reward, config.reward)
         self.publisher = weight_publisher(server.client, config.sync)
         self.versions = Versions(begin.run_id)
         self.collector = Collector(
             config.rollout, server.client, self.task, self.runner, tokenizer, self.versions
         )
-        described = config.model_dump(mode="json")
-        changed = changes(folder, described) if begin.step else []
         self.folder = RunFolder(
             folder, config.report, described, resumed_at=begin.step, say=display.say
         )
@@ -248,12 +261,12 @@ class Leader:
         )
         for change in changed:
             display.say(f"changed since the run was stopped: {change}")
+        if dropped:
+            display.say(f"so {dropped} steps of answers that were generated ahead are asked again")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collect")
-        self._begun = begin  # the step that is worked on
+        self._begun = replace(begin, ahead=())  # the step that is worked on
         self._published = begin.step
         self._pending = deque(Asked(_given(step), begin.step) for step in begin.ahead)
-        # the next problem to ask about; only the thread that asks moves it
-        self._position = begin.ahead[-1].position if begin.ahead else begin.position
         self._weights: Weights | None = None
         self._seconds: dict[str, float] = {}
         self._sync: dict[str, float] = {}
@@ -292,19 +305,23 @@ class Leader:
         return self._pending[0].answers.result()
 
     def wait_for_asked(self) -> None:
-        """Return when all answers that were asked for are there, of the weights they were asked
-        of, whatever happens to the server meanwhile."""
+        """Return when every answer that has been asked for is there. A server that dies meanwhile
+        gets the same weights again, and is asked again. What else fails, `collect` will raise."""
         with self.phase("rollout"):
             self._mended(self._all_pending)
 
     def _all_pending(self) -> None:
         self._ask_ahead()
         for asked in self._pending:
-            asked.answers.result()
+            error = asked.answers.exception()
+            if may_pass(error):
+                raise error
+            if error is not None:
+                return
 
     def ahead(self) -> tuple[Collected, ...]:
-        """The answers to the next steps that a run which goes on from here would not get again:
-        those asked of older weights than the published ones, and those that are there."""
+        """What a checkpoint keeps of the next steps: all that was asked of weights older than the
+        published ones, which is waited for, and newer answers that are already there."""
         older = [asked.answers for asked in self._pending if asked.published < self._published]
         wait(older)
         there = itertools.takewhile(lambda asked: asked.answers.done(), self._pending)
@@ -344,8 +361,8 @@ class Leader:
         return mended(action, mend=mend, patience_s=patience, say=self.display.say)
 
     def _forget_failed(self) -> None:
-        """Ask again from the first step on whose answers did not come. (Those that go on do so
-        now that the server has weights again; what has not begun is not begun.)"""
+        """Ask again from the first step on whose answers did not come. A step in progress may
+        still succeed, since the server has weights again; steps not begun are cancelled."""
         for asked in self._pending:
             asked.answers.cancel()
         wait([asked.answers for asked in self._pending])

@@ -6,7 +6,7 @@ import errno
 import math
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from safetensors import SafetensorError
 
@@ -50,7 +50,7 @@ def mended(
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def may_pass(error: BaseException | None) -> bool:
+def may_pass(error: BaseException | None) -> TypeGuard[BaseException]:
     """Whether it may be gone once the server is back, and has its weights."""
     if isinstance(error, WeightUpdateFailed):
         error = error.__cause__

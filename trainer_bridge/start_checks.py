@@ -30,25 +30,33 @@ def build_task(config: TaskConfig) -> Task:
         raise BadConfig(f"task.kind {config.kind!r}: {type(error).__name__}: {error}") from error
 
 
-def check_run(config: TrainConfig, task: Task) -> None:
+def check_run(
+    config: TrainConfig, task: Task, *, steps: int | None = None, first: int | None = None
+) -> None:
     """Raises BadConfig for a task that has too few problems for the run, or asks in evaluation what
-    it also trains on (as far as the first step shows), and for a tracker that is not installed."""
+    it also trains on (as far as the first step shows), and for a tracker that is not installed.
+
+    steps, first: of a run that goes on, how many steps are still to be asked for, and the number of
+    the next problem.
+    """
+    steps = config.steps if steps is None else steps
+    first = first_problem(config.seed) if first is None else first
     tracker = config.report.tracker
     if tracker is not None and find_spec(tracker) is None:
         raise BadConfig(f"report.tracker {tracker!r} is not installed: pip install {tracker}")
-    first, per_step = first_problem(config.seed), config.rollout.prompts_per_step
-    needed = config.steps * per_step
-    if not _has(task, first + needed - 1):
+    per_step = config.rollout.prompts_per_step
+    needed = steps * per_step
+    if needed and not _has(task, first + needed - 1):
         there = _count(task, first, needed)
         raise BadConfig(
             f"task: {task.name} has {there} problems from problem {first} on (where seed "
-            f"{config.seed} begins), too few for steps {config.steps} of rollout.prompts_per_step "
-            f"{per_step}, which need {needed}"
+            f"{config.seed} begins, or the run goes on), too few for steps {steps} of "
+            f"rollout.prompts_per_step {per_step}, which need {needed}"
         )
     if config.evaluate_every:
         check_evaluation(config.evaluation, task)
         asked = {question(p) for p in held_out(task, config.evaluation.problems)}
-        for index in range(first, first + per_step):
+        for index in range(first, first + min(needed, per_step)):
             if question(task.problem(index)) in asked:
                 raise BadConfig(f"task: {task.name} asks training problem {index} in evaluation")
 

@@ -433,11 +433,26 @@ def _said_plainly() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+# what the extras bring of which a command of another extra may ask
+_OF_EXTRAS = frozenset(
+    (
+        "sglang",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "gguf",
+        "reasoning_gym",
+        "math_verify",
+    )
+)
+
+
 def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        if (error.name or "ead").startswith(("ead", "trainer_bridge")):  # a mistake of ours
+        if (error.name or "").partition(".")[0] not in _OF_EXTRAS:  # another fault, with its trace
             raise
         raise SystemExit(
             f"ead: {error.name} is not installed, and this command needs it: pip install "

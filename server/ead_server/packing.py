@@ -1,5 +1,5 @@
-"""How rollouts are written: JSON, safetensors, and streams of either, group by group, with a space
-or a frame without groups where they would be silent for long.
+"""How rollouts are written: JSON, safetensors, and streams of either, group by group. After 30 s
+without data a stream sends a space (NDJSON) or an empty frame, as a sign of life.
 
 Safetensors because any language reads it, it holds numbers only, and a reader can look at its
 arrays where they lie. The arrays of all answers are put end to end:
@@ -102,7 +102,7 @@ def json_line(group: Group) -> bytes:
     return json_group(group) + b"\n"
 
 
-QUIET_LINE = b" "  # before the next line: no line of its own, and nothing to those who read JSON
+QUIET_LINE = b" "  # becomes a leading space of the next line, which JSON parsers ignore
 
 
 def last_json_line(job: Job) -> bytes:

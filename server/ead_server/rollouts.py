@@ -48,6 +48,7 @@ MAX_MESSAGE = 2_000  # characters of an error
 # Seconds without a byte after which a stream shows that it goes on: clients and proxies take longer
 # silence for a lost connection.
 QUIET_S = 30.0
+STILL_S = 300.0  # without a sign of the engine, after which it may have died
 MAX_PROMPTS = 65_536  # of one request, whatever --max-answers is
 MAX_SEED = 1 << 62  # either sign; the seeds that count up from it fit 64 bits
 
@@ -317,6 +318,12 @@ class Engine:
             raise AnnealingError("prompts", f"cannot be tokenised: {message[:500]}")
         return list(answer.tokens)
 
+    def at_work(self) -> bool:
+        """Whether answers may still come: generation is not paused, and the engine has been heard
+        of lately (it sends what it has generated every 50 tokens)."""
+        silent_s = time.time() - self.manager.last_receive_tstamp
+        return not self.manager.is_pause and silent_s < STILL_S
+
     async def generate(self, token_ids: list[int], params: Json) -> Json:
         """One answer; cancelling this ends the generation in the engine."""
         from sglang.srt.managers.io_struct import GenerateReqInput
@@ -338,11 +345,12 @@ class Job:
         self.created = int(time.time())
         self.model = model
         self.groups = groups
+        self._engine = engine
         self.tasks = [asyncio.create_task(group.run(engine)) for group in groups]
 
     async def as_completed(self) -> AsyncIterator[Group | None]:
-        """Groups in the order in which they complete, any number of times; None whenever none has
-        for QUIET_S."""
+        """Groups in the order in which they complete, any number of times. None whenever none has
+        for QUIET_S of an engine at work: of one that stands still, clients may give up."""
         finished: asyncio.Queue[asyncio.Task[Group]] = asyncio.Queue()
         for task in self.tasks:
             task.add_done_callback(finished.put_nowait)
@@ -352,7 +360,8 @@ class Job:
                 async with asyncio.timeout(QUIET_S):
                     task = await finished.get()
             except TimeoutError:
-                yield None
+                if self._engine.at_work():
+                    yield None
                 continue
             came += 1
             yield task.result()

@@ -116,7 +116,7 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
     from transformers.utils import logging
 
     config, leads = read_config(arguments), int(os.environ.get("RANK", "0")) == 0
-    if leads:  # before a model is pulled and a server is started
+    if leads and not resume:  # before a model is pulled and a server is started
         check_run(config, build_task(config.task))
     config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
