@@ -4,6 +4,9 @@ BIN := .venv/bin
 SGLANG := sglang==0.5.23
 # trl, verl: functions that tests compare ours with; docker-compose: the compose specification
 READ_BY_TESTS := trl==1.16.0 verl==0.9.1 docker-compose==1.29.2
+# of `make test`; 2: one runs what needs a server, the other the rest, which takes a machine of four
+# cores, since some tests allow only so many seconds
+WORKERS ?= 0
 PIP := $(BIN)/pip --disable-pip-version-check install
 
 .PHONY: help venv demo test test-fast check format fuzz soak mutations bench learn docs clean
@@ -40,7 +43,7 @@ demo: venv ## serve, chat, train, and one picture of it
 	@$(BIN)/ead demo
 test: export EAD_NO_SKIPS = 1
 test: check .venv/clients/.ready ## format, lint and types, then all tests, most on a real server
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-fast: venv ## the tests that need no server: minutes
 	@$(BIN)/python -m pytest -m "not server"

@@ -33,8 +33,8 @@ TINY_FLAGS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs a running server: one worker runs all of it, and others the rest (`make
-    test`). What has so many seconds to end comes last, when the machine has nothing else to do."""
+    """Marks what needs a running server: with several workers (`make test WORKERS=2`), one runs all
+    of it. What has only so many seconds comes last, when the others are done."""
     for item in items:
         module: Any = getattr(item, "module", None)
         starts_one = "ServerProcess" in vars(module)
