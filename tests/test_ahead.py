@@ -84,14 +84,21 @@ def leader_of(tmp_path: Path, record: Record) -> Iterator[Callable[..., Leader]]
         leader.close()
 
 
+def begun(leader_of: Callable[..., Leader], record: Record, staleness: int = 1) -> Leader:
+    """The leader of a new run. No answer comes before all are asked for that its first weights may
+    give."""
+    leader = leader_of(staleness, Progress(0, 0, "run"))
+    leader.publish(WEIGHTS, 0)
+    record.may_go_on.set()
+    return leader
+
+
 def test_a_failure_throws_away_nothing_that_was_generated(
     leader_of: Callable[..., Leader], record: Record
 ) -> None:
     """With two steps asked for ahead of the one that fails: neither begins before it is mended."""
     record.fails = [0]
-    leader = leader_of(2, Progress(0, 0, "run"))
-    leader.publish(WEIGHTS, 0)
-    record.may_go_on.set()
+    leader = begun(leader_of, record, staleness=2)
     for step in range(3):
         leader.collect(step)
     published = ("published", 0, 0)
@@ -104,9 +111,7 @@ def test_answers_lost_with_the_server_come_from_the_same_weights_again(
 ) -> None:
     """What `rollout.seeded` waits for before a publication."""
     record.fails = [1]
-    leader = leader_of(1, Progress(0, 0, "run"))
-    leader.publish(WEIGHTS, 0)
-    record.may_go_on.set()
+    leader = begun(leader_of, record)
     leader.collect(0)
     leader.wait_for_asked()
     leader.publish(WEIGHTS, 1)
@@ -126,9 +131,7 @@ def test_a_failure_that_does_not_pass_does_not_take_the_step_before_it(
     """Its update is made, and still to be published and written down."""
     record.error = TooFewRollouts("nothing")
     record.fails = [1]
-    leader = leader_of(1, Progress(0, 0, "run"))
-    leader.publish(WEIGHTS, 0)
-    record.may_go_on.set()
+    leader = begun(leader_of, record)
     leader.collect(0)
     leader.wait_for_asked()
     leader.publish(WEIGHTS, 1)
@@ -157,9 +160,7 @@ def test_a_run_goes_on_with_what_older_weights_had_given(
 ) -> None:
     """After step 0 the answers to step 1, of version 0, are kept, which nothing can give again.
     Step 2, of version 1, is asked for after them."""
-    record.may_go_on.set()
-    leader = leader_of(1, Progress(0, 0, "run"))
-    leader.publish(WEIGHTS, 0)
+    leader = begun(leader_of, record)
     leader.collect(0)
     leader.wait_for_asked()
     record.may_go_on.clear()  # nothing newer is done when the checkpoint is written

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from trainer_bridge.config import TrainConfig, in_words
 from trainer_bridge.errors import BadConfig
 from trainer_bridge.evaluate import EvaluationConfig, held_out, question
-from trainer_bridge.tasks import Task, TaskConfig
+from trainer_bridge.tasks import Problem, Task, TaskConfig
 
 
 def first_problem(seed: int) -> int:
@@ -54,21 +54,22 @@ def check_run(
             f"rollout.prompts_per_step {per_step}, which need {needed}"
         )
     if config.evaluate_every:
-        check_evaluation(config.evaluation, task)
-        asked = {question(p) for p in held_out(task, config.evaluation.problems)}
+        asked = {question(p) for p in check_evaluation(config.evaluation, task)}
         for index in range(first, first + min(needed, per_step)):
             if question(task.problem(index)) in asked:
                 raise BadConfig(f"task: {task.name} asks training problem {index} in evaluation")
 
 
-def check_evaluation(config: EvaluationConfig, task: Task) -> None:
-    """Raises BadConfig for a task without so many problems for evaluation, or two that are one."""
-    there = len(held_out(task, config.problems))
-    if config.problems is not None and there < config.problems:
+def check_evaluation(config: EvaluationConfig, task: Task) -> list[Problem]:
+    """The problems for evaluation. Raises BadConfig for a task without so many, or with two that
+    are one."""
+    problems = held_out(task, config.problems)
+    if config.problems is not None and len(problems) < config.problems:
         raise BadConfig(
-            f"evaluation.problems {config.problems}: {task.name} has {there}; ask for at most so "
-            "many, or leave the setting out"
+            f"evaluation.problems {config.problems}: {task.name} has {len(problems)}; ask for at "
+            "most so many, or leave the setting out"
         )
+    return problems
 
 
 def _has(task: Task, index: int) -> bool:
