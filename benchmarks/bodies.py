@@ -22,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 
 from ead_sampler import parse_annealing
-from ead_server import models, packing
-from ead_server.rollouts import Group, Prompt
+from ead_server import media_types
+from ead_server.launch import models
+from ead_server.rollouts import packing
+from ead_server.rollouts.job import Group, Prompt
 
 Json = dict[str, Any]
 Column = NDArray[Any]  # [PROMPTS, ANSWERS, TOKENS]
@@ -53,7 +55,7 @@ def recorded(plain_url: str, our_url: str, tokens: int) -> Bodies:
         headers = {"accept": accept, "accept-encoding": encoding, **key}
         return _post(f"{our_url}/v1/rollouts", ours, headers)
 
-    forms = (packing.JSON, packing.SAFETENSORS)
+    forms = (media_types.JSON, media_types.SAFETENSORS)
     return Bodies(
         _post(f"{plain_url}/generate", native, {}).content,
         *(rollouts(form, "identity").content for form in forms),

@@ -24,9 +24,9 @@ from rich.progress import track
 from rich.table import Table
 
 from ead_sampler import device
-from ead_server import models
-from ead_server.launch import with_defaults
-from ead_server.process import ServerProcess
+from ead_server.launch import models
+from ead_server.launch.process import ServerProcess
+from ead_server.launch.serve import with_defaults
 
 PLAIN = "plain SGLang"
 MODES: dict[str, dict[str, Any]] = {

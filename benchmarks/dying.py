@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import psutil
 
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 LIMIT_SECONDS = 10.0  # for clients to hear of it, and for every process to be gone
 FLAGS = (

@@ -48,9 +48,10 @@ from rich.table import Table
 from benchmarks.bodies import ANSWERS, PROMPT, Bodies, big_case, milliseconds, read_native, recorded
 from ead_client._rollouts import unpack
 from ead_sampler import device
-from ead_server import models, packing
-from ead_server.launch import with_defaults
-from ead_server.process import ServerProcess
+from ead_server.launch import models
+from ead_server.launch.process import ServerProcess
+from ead_server.launch.serve import with_defaults
+from ead_server.rollouts import packing
 
 Json = dict[str, Any]
 

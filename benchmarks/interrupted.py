@@ -39,8 +39,8 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 from ead_sampler import device
-from ead_server.process import ServerProcess
-from trainer_bridge.report import read_metrics
+from ead_server.launch.process import ServerProcess
+from trainer_bridge.run.report import read_metrics
 
 TESTS = Path(__file__).parent.parent / "tests"
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "65536", "--random-seed", "7")
@@ -144,7 +144,7 @@ def run(
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "ead_server.cli", "train", "--folder", str(folder), *arguments]
+    command += ["-m", "ead_cli.main", "train", "--folder", str(folder), *arguments]
     command += [f"server.url={server.process.url}"]
     left, started = list(kills), time.monotonic()
     with folder.with_suffix(".log").open("ab") as log:

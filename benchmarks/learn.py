@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from ead_server import models
-from ead_server.training import WaitedFor, server_for
-from trainer_bridge.config import TrainConfig, read_config
-from trainer_bridge.evaluate import Evaluation, evaluate
-from trainer_bridge.loop import train
-from trainer_bridge.report import Display, read_metrics
-from trainer_bridge.reward_runner import RewardRunner
+from ead_cli.train import WaitedFor, server_for
+from ead_server.launch import models
+from trainer_bridge.run.config import TrainConfig, read_config
+from trainer_bridge.run.evaluate import Evaluation, evaluate
+from trainer_bridge.run.loop import train
+from trainer_bridge.run.report import Display, read_metrics
+from trainer_bridge.tasks.reward_runner import RewardRunner
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "products.toml"
 KINDS = {"EAD": (), "temperature 1": ("rollout.annealing={schedule='constant'}",)}

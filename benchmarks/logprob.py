@@ -34,7 +34,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from trainer_bridge.logprobs import linear_logprobs
+from trainer_bridge.algorithms.logprobs import linear_logprobs
 
 OURS = "ours"
 TRL_ROWS = 8  # sequences that its trainers would compute at once

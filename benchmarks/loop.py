@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ead_server import models
-from ead_server.training import server_for
-from trainer_bridge.config import TrainConfig, read_config
-from trainer_bridge.loop import train
-from trainer_bridge.report import Display, read_metrics
+from ead_cli.train import server_for
+from ead_server.launch import models
+from trainer_bridge.run.config import TrainConfig, read_config
+from trainer_bridge.run.loop import train
+from trainer_bridge.run.report import Display, read_metrics
 
 EXAMPLE = [
     str(Path(__file__).parent.parent / "examples" / "products.toml"),

@@ -171,9 +171,9 @@ def lag(console: Console) -> dict[str, Any]:
     import httpx
     from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-    from ead_server import models
-    from ead_server.launch import with_defaults
-    from ead_server.process import ServerProcess
+    from ead_server.launch import models
+    from ead_server.launch.process import ServerProcess
+    from ead_server.launch.serve import with_defaults
 
     class TellsItsClock(CustomLogitProcessor):
         """Forces the token whose id is the t that it sees."""
@@ -193,7 +193,7 @@ def lag(console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for name, command, environ in (
             ("plain", (sys.executable, "-m", "sglang.launch_server"), {"SGLANG_PLUGINS": "none"}),
-            ("ours", (sys.executable, "-m", "ead_server.cli", "serve"), {}),
+            ("ours", (sys.executable, "-m", "ead_cli.main", "serve"), {}),
         ):
             log = Path(folder) / f"{name}.log"
             with ServerProcess(arguments, log, command=command, environ=environ) as server:

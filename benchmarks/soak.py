@@ -39,7 +39,7 @@ from rich.table import Table
 from benchmarks import dying
 from benchmarks.dying import FLAGS, LIMIT_SECONDS, PROCESSES, STATES, Case, Row, tried
 from ead_sampler import device
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 Json = dict[str, Any]
 

@@ -28,10 +28,10 @@ from rich.table import Table
 
 from ead_client import Client
 from ead_sampler import device
-from ead_server import models
-from ead_server.process import ServerProcess
-from trainer_bridge.policy import LoraConfig, ModelConfig, load_policy
-from trainer_bridge.weights import SyncConfig, SyncReport, weight_publisher
+from ead_server.launch import models
+from ead_server.launch.process import ServerProcess
+from trainer_bridge.policy.policy import LoraConfig, ModelConfig, load_policy
+from trainer_bridge.sync.publisher import SyncConfig, SyncReport, weight_publisher
 
 WAYS = ("tensors", "adapters", "distributed", "disk")
 DTYPES = ("bfloat16", "float32")

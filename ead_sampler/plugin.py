@@ -1,8 +1,8 @@
 """Everything that this project touches in SGLang, in one table, checked at start-up.
 
 SGLang finds `load` through the entry-point group `sglang.srt.plugins` and calls it in each of its
-processes. Besides the hooks below, the HTTP layer adds one ASGI middleware to SGLang's FastAPI
-app (`ead_server.middleware`), and on a machine without an accelerator SGLang's CPU engine is
+processes. Besides the hooks below, the HTTP layer adds ASGI middlewares and routes to SGLang's
+FastAPI app (`ead_server.app`), and on a machine without an accelerator SGLang's CPU engine is
 switched on (`ead_sampler.device`).
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED_SGLANG = "0.5.23"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
-_MIDDLEWARE = "ead_server.middleware"
+_APP = "ead_server.app"
 
 
 class Hook(NamedTuple):
@@ -132,28 +132,28 @@ HOOKS = (
         "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
         "self new_accepted_len",
         "AROUND",
-        "ead_server.stop_regex:check_stops",
+        "ead_server.edge.stop_regex:check_stops",
         "a stop_regex is searched by backtracking after every token: it may stop all requests",
     ),
     Hook(
         f"{_GRAMMAR}.fill_vocab_mask",
         "self vocab_mask idx",
         "AROUND",
-        "ead_server.grammars:fill_vocab_mask",
+        "ead_server.edge.grammars:fill_vocab_mask",
         "a grammar may take seconds for a token, or let none follow, which is no distribution",
     ),
     Hook(
         f"{_GRAMMAR}.accept_token",
         "self token",
         "AROUND",
-        "ead_server.grammars:accept_token",
+        "ead_server.edge.grammars:accept_token",
         "where SGLang ends the request of a grammar that failed",
     ),
     Hook(
         "sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend.set_cache",
         "self key value",
         "AFTER",
-        "ead_server.grammars:forget_oldest",
+        "ead_server.edge.grammars:forget_oldest",
         "every grammar that was ever compiled is kept",
     ),
     # tokenizer process
@@ -162,7 +162,7 @@ HOOKS = (
             target,
             parameters,
             "AROUND",
-            "ead_server.tokenising:in_a_thread",
+            "ead_server.edge.tokenization:in_a_thread",
             "a long text is tokenised on the event loop: nobody is answered meanwhile",
         )
         for target, parameters in (
@@ -174,7 +174,7 @@ HOOKS = (
         f"{_TOKENIZE}.OpenAIServingDetokenize.{_HANDLE}",
         _HANDLE_PARAMETERS,
         "AROUND",
-        "ead_server.tokenising:detokenize",
+        "ead_server.edge.tokenization:detokenize",
         "a token id that the model has not is an error of the server; and as above",
     ),
     Hook(
@@ -195,14 +195,14 @@ HOOKS = (
         f"{_MANAGER}.generate_request",
         "self obj request",
         "AROUND",
-        "ead_server.admission:generate_request",
+        "ead_server.edge.limits:generate_request",
         "`ead serve`'s limits, request ids and counts, whatever the route",
     ),
     Hook(
         f"{_MANAGER}._validate_one_request",
         "self obj input_ids",
         "BEFORE",
-        "ead_server.admission:refuse_empty_prompt",
+        "ead_server.edge.limits:refuse_empty_prompt",
         "a prompt of no tokens kills the scheduler",
     ),
     Hook(
@@ -233,21 +233,21 @@ HOOKS = (
         f"{_MANAGER}.update_weights_from_disk",
         "self obj request",
         "AROUND",
-        "ead_server.weight_hooks:update_from_disk",
+        "ead_server.weights.hooks:update_from_disk",
         "SGLang takes what is missing, unknown or no number, and keeps the old version's name",
     ),
     Hook(
         f"{_MANAGER}.pause_generation",
         "self obj",
         "AROUND",
-        "ead_server.weight_hooks:pause_generation",
+        "ead_server.weights.hooks:pause_generation",
         "one client that stops reading would hold up every pause, and all calls behind it",
     ),
     Hook(
         f"{_MANAGER}.flush_cache",
         "self timeout_s",
         "AROUND",
-        "ead_server.weight_hooks:flush_cache",
+        "ead_server.weights.hooks:flush_cache",
         "a data-parallel rank that was not flushed would go on with old keys and values",
     ),
     # HTTP process
@@ -255,35 +255,35 @@ HOOKS = (
         "sglang.srt.utils.auth.add_api_key_middleware",
         "app api_key admin_api_key",
         "AROUND",
-        "ead_server.launch:add_api_key_middleware",
-        "under `ead serve` the keys are checked by ead_server.guard",
+        "ead_server.launch.serve:add_api_key_middleware",
+        "under `ead serve` the keys are checked by ead_server.edge.guard",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
         "self signum frame",
         "AFTER",
-        "ead_server.ending:sigterm",
+        "ead_server.lifecycle.shutdown:sigterm",
         "SGLang waits for the answers in progress without end",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.SignalHandler.running_phase_sigquit_handler",
         "self signum frame",
         "AROUND",
-        "ead_server.ending:sigquit",
+        "ead_server.lifecycle.shutdown:sigquit",
         "SGLang ends, when its engine is gone, before the last of its processes is",
     ),
     Hook(
         f"{_MANAGER}.sigterm_watchdog",
         "self",
         "AROUND",
-        "ead_server.ending:drain",
+        "ead_server.lifecycle.shutdown:drain",
         "the first of several tokenizer workers to be done would stop the scheduler for all",
     ),
     Hook(
         f"{HTTP_SERVER}._wait_and_warmup",
         "server_args launch_callback execute_warmup_func post_warmup_callback",
         "AROUND",
-        "ead_server.launch:warm_up",
+        "ead_server.launch.serve:warm_up",
         "SGLang's own first requests carry a key: a server that refuses them is killed by SGLang",
     ),
 )
@@ -322,12 +322,12 @@ def _extend(*, serves_http: bool) -> None:
     for hook, ours in found:
         HookRegistry.register(hook.target, ours, HookType[hook.kind])
     if serves_http:
-        importlib.import_module(_MIDDLEWARE).install()
+        importlib.import_module(_APP).install()
         shared_defaults()  # made here, before any worker process that shares it
         # With several tokenizer workers, uvicorn imports its app by this name in each of them.
-        os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "ead_server.app:app")
+        os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", "ead_server.launch.worker:app")
     if _SERVED in os.environ and multiprocessing.parent_process() is not None:
-        watch = importlib.import_module("ead_server.watch")
+        watch = importlib.import_module("ead_server.lifecycle.watch")
         watch.start_in_engine()
         if not serves_http:
             watch.ignore_what_is_for_the_main_process()
@@ -381,7 +381,7 @@ _TRUE = ("1", "true", "yes", "y")  # as SGLang reads them
 def _cannot_import() -> list[str]:
     """What our own modules need and this environment lacks."""
     try:
-        for module in sorted({_MIDDLEWARE, *(hook.ours.partition(":")[0] for hook in HOOKS)}):
+        for module in sorted({_APP, *(hook.ours.partition(":")[0] for hook in HOOKS)}):
             importlib.import_module(module)
     except ImportError as error:
         return [f"this environment lacks what ead[server] needs ({error})"]

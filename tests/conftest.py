@@ -15,7 +15,7 @@ from tiny import make_tiny_model
 
 from ead_client import Client
 from ead_sampler import device
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 os.environ["EAD_WEIGHTS_ROOT"] = tempfile.gettempdir()  # pytest's own folders are below it
 device.choose()  # before anything imports transformers, see ead_sampler/device.py

@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
+from ead_cli.train import WaitedFor
 from ead_client import Client
-from ead_server.training import WaitedFor
-from trainer_bridge import checkpoint
-from trainer_bridge.config import read_config
-from trainer_bridge.loop import train
-from trainer_bridge.policy import Policy
-from trainer_bridge.report import Display
-from trainer_bridge.trainer import Trainer
+from trainer_bridge.policy.policy import Policy
+from trainer_bridge.policy.trainer import Trainer
+from trainer_bridge.run import checkpoint
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.loop import train
+from trainer_bridge.run.report import Display
 
 AT = 3  # th time that the place is reached
 

@@ -13,11 +13,11 @@ from conftest import TINY_FLAGS
 from fastapi.routing import APIRoute
 from starlette.routing import Mount
 
-from ead_server import flags
 from ead_server.asgi import all_routes
-from ead_server.headers import ONCE, is_loopback, refused_headers
-from ead_server.keys import ADMIN_ROUTES, OPEN, sglang_admin_paths
-from ead_server.process import ServerProcess
+from ead_server.edge.headers import ONCE, is_loopback, refused_headers
+from ead_server.edge.keys import ADMIN_ROUTES, OPEN, sglang_admin_paths
+from ead_server.launch import flags
+from ead_server.launch.process import ServerProcess
 from ead_server.settings import Settings
 
 KEY = "the-key-of-a-config-file"
@@ -40,9 +40,18 @@ def live_routes() -> list[tuple[str, str]]:
     """(method, path) of everything on SGLang's app and ours, and of what is mounted on it."""
     from sglang.srt.entrypoints.http_server import app
 
-    from ead_server import routes, weight_routes
+    import ead_server.annealing.routes
+    import ead_server.edge.health
+    import ead_server.rollouts.routes
+    import ead_server.weights.routes
 
-    found = [*all_routes(app.routes), *routes.router.routes, *weight_routes.router.routes]
+    ours = (
+        ead_server.annealing.routes,
+        ead_server.edge.health,
+        ead_server.rollouts.routes,
+        ead_server.weights.routes,
+    )
+    found = [*all_routes(app.routes), *(r for module in ours for r in module.router.routes)]
     table = {(m, r.path) for r in found if isinstance(r, APIRoute) for m in r.methods}
     mounted = {("GET", r.path) for r in app.routes if isinstance(r, Mount)}
     docs = {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/redoc")}

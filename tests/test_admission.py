@@ -11,9 +11,12 @@ import pytest
 from conftest import ServerProcess
 
 from ead_sampler.requests import seed_each_answer
-from ead_server import grammars, rollouts
+from ead_server.edge import grammars
+from ead_server.edge.stop_regex import check_stops
 from ead_server.errors import LimitExceeded
-from ead_server.stop_regex import check_stops
+from ead_server.rollouts.job import Group, Job
+from ead_server.rollouts.kept_jobs import KeptJobs
+from ead_server.rollouts.request import Prompt
 
 CHAT, COMPLETE, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 ROLLOUTS = "/v1/rollouts"
@@ -344,16 +347,16 @@ def test_kept_jobs_are_bounded_in_bytes() -> None:
     import asyncio
 
     async def run() -> tuple[list[str], bool]:
-        kept = rollouts.KeptJobs(max_bytes=1_000_000)
+        kept = KeptJobs(max_bytes=1_000_000)
         for number in range(5):
 
-            class Done(rollouts.Group):
-                async def run(self, engine: Any) -> rollouts.Group:
+            class Done(Group):
+                async def run(self, engine: Any) -> Group:
                     self.answers = [{"error": None, "logprobs": np.zeros(100_000, np.float32)}]
                     return self
 
-            group = Done(0, rollouts.Prompt(text="x"), 1, {})
-            job = rollouts.Job([group], None, "m")  # type: ignore[arg-type]
+            group = Done(0, Prompt(text="x"), 1, {})
+            job = Job([group], None, "m")  # type: ignore[arg-type]
             kept.keep(str(number), b"", job)
             await job.wait()
             await asyncio.sleep(0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trainers import functions
 
-from trainer_bridge.advantages import (
+from trainer_bridge.algorithms.advantages import (
     AdvantageConfig,
     advantages,
     groups_with_signal,

@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 from ead_client import ConnectionFailed
-from trainer_bridge.checkpoint import Progress
-from trainer_bridge.collected import Collected
-from trainer_bridge.config import read_config
 from trainer_bridge.errors import TooFewRollouts
-from trainer_bridge.loop import Leader, Weights
-from trainer_bridge.report import Display
-from trainer_bridge.trainer import ScoredAnswers
+from trainer_bridge.policy.trainer import ScoredAnswers
+from trainer_bridge.run.checkpoint import Progress
+from trainer_bridge.run.collected import Collected
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.loop import Leader, Weights
+from trainer_bridge.run.report import Display
 
 PROBLEMS = 10  # of each step
 WEIGHTS = Weights(lambda: iter([("w", torch.zeros(1))]), None)

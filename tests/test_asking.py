@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ead_client import Group
 from ead_client._types import Choice
-from trainer_bridge.asking import MOST_ANSWERS, MOST_OF_A_PROMPT, ask
+from trainer_bridge.run.rollout_calls import MOST_ANSWERS, MOST_OF_A_PROMPT, ask
 
 
 class Limited:

@@ -20,7 +20,7 @@ from helpers.answers import events_of, gaps
 from safetensors.torch import load_file, save_file
 
 from ead_client import Client, ServerUnavailable
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 NAN = 700  # the token
 SAYS = "the model's logits are not finite numbers"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ead_client import Rollout
-from trainer_bridge.batch import RolloutBatch, Sample
+from trainer_bridge.policy.batch import RolloutBatch, Sample
 
 
 def rollout(prompt: list[int], tokens: list[int], **columns: Any) -> Rollout:

@@ -13,16 +13,17 @@ import pytest
 import torch
 from test_update import answers
 
-from trainer_bridge import checkpoint, ranks
-from trainer_bridge.advantages import AdvantageConfig
-from trainer_bridge.checkpoint import Progress
-from trainer_bridge.collected import Collected
-from trainer_bridge.corrections import CorrectionConfig
+from trainer_bridge.algorithms.advantages import AdvantageConfig
+from trainer_bridge.algorithms.corrections import CorrectionConfig
+from trainer_bridge.algorithms.losses import LossConfig
 from trainer_bridge.errors import BadConfig
-from trainer_bridge.losses import LossConfig
-from trainer_bridge.policy import LoraConfig, ModelConfig, Policy, load_policy
-from trainer_bridge.run_lock import alone_in
-from trainer_bridge.trainer import OptimizerConfig, Trainer, UpdateConfig
+from trainer_bridge.policy import ranks
+from trainer_bridge.policy.policy import LoraConfig, ModelConfig, Policy, load_policy
+from trainer_bridge.policy.trainer import OptimizerConfig, Trainer, UpdateConfig
+from trainer_bridge.run import checkpoint
+from trainer_bridge.run.checkpoint import Progress
+from trainer_bridge.run.collected import Collected
+from trainer_bridge.run.lock import alone_in
 
 LORA = LoraConfig(rank=4, alpha=8)
 

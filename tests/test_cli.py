@@ -20,7 +20,8 @@ from test_server import expected_temperatures
 
 from ead_client import Client, Rollout
 from ead_sampler import plugin
-from ead_server.process import ServerFailed, ServerProcess, hold_port
+from ead_server.errors import ServerFailed
+from ead_server.launch.process import ServerProcess, hold_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 def ead(
     *arguments: str, cwd: Path | None = None, said: str = "", **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ead_server.cli", *arguments]
+    command = [sys.executable, "-m", "ead_cli.main", *arguments]
     environ = {**os.environ, "COLUMNS": "100", **environ}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, input=said, env=environ, timeout=300
@@ -93,7 +94,7 @@ def test_the_example_runs(command: str, says: str, server: ServerProcess, tmp_pa
 
 
 def test_the_example_of_serve_answers(tmp_path: Path) -> None:
-    command = (sys.executable, "-m", "ead_server.cli", *example_of("serve"))
+    command = (sys.executable, "-m", "ead_cli.main", *example_of("serve"))
     with ServerProcess([], tmp_path / "server.log", command=command) as server:
         server.wait_until_ready()
         with Client(server.url) as client:
@@ -186,7 +187,7 @@ def test_the_doctor_finds_what_is_wrong(broken: str, what: str, says: str) -> No
         "import os; from ead_sampler import device; device.choose()\n"
         "from ead_sampler import plugin, rows, sampling\n"
         f"{broken}\n"
-        "from ead_server.cli import app; app(['doctor', '--json'])"
+        "from ead_cli.main import app; app(['doctor', '--json'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
@@ -238,7 +239,7 @@ def test_a_cache_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_without_its_extras_the_command_says_what_to_install() -> None:
-    code = "import sys; sys.modules['typer'] = None; import ead_server.cli"
+    code = "import sys; sys.modules['typer'] = None; import ead_cli.main"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install 'ead[server]'" in result.stderr
@@ -264,7 +265,7 @@ def test_a_schedule_is_shown_in_every_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("no_color", [False, True])
 def test_on_a_terminal_a_schedule_is_a_plot(no_color: bool) -> None:
-    command = f"stty cols 80 rows 24; {sys.executable} -m ead_server.cli schedule paper cosine"
+    command = f"stty cols 80 rows 24; {sys.executable} -m ead_cli.main schedule paper cosine"
     environ = {"TERM": "xterm-256color", **os.environ}
     environ.pop("NO_COLOR", None)
     if no_color:

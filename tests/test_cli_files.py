@@ -16,18 +16,20 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ead_cli import bench, chat, demo, schedule, train
+from ead_cli.main import app
 from ead_client import Client
 from ead_sampler import AnnealingError, defaults, parse_annealing
 from ead_sampler.defaults import set_default_annealing
 from ead_sampler.schedule import REGISTRY, Numbers, PositionSchedule, Temperature, register
-from ead_server import bench, chat, demo, launch, models, preview, show_schedule, training
-from ead_server.cli import app
-from ead_server.process import ServerProcess
+from ead_server.annealing import preview
+from ead_server.launch import models, serve
+from ead_server.launch.process import ServerProcess
 from ead_server.settings import read_key
 from trainer_bridge import TrainConfig
-from trainer_bridge.config import read_config
 from trainer_bridge.errors import BadConfig
-from trainer_bridge.report import Display, ReportConfig, RunFolder, check_folder, read_metrics
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.report import Display, ReportConfig, RunFolder, check_folder, read_metrics
 
 CONFIG = TrainConfig().model_dump(mode="json")
 
@@ -142,10 +144,10 @@ def test_train_and_eval_send_their_servers_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EAD_API_KEY", "exported")
-    monkeypatch.setattr(training, "_COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(train, "_COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(ServerProcess, "wait_until_ready", lambda self, patience_s: None)
     config = TrainConfig().server
-    with training.server_for(config, "model", tmp_path, lambda line: None) as server:
+    with train.server_for(config, "model", tmp_path, lambda line: None) as server:
         assert server.client._http.headers["authorization"] == "Bearer exported"
 
 
@@ -172,7 +174,7 @@ def test_eval_of_another_server_fetches_no_model(
 def test_a_server_asks_itself_past_any_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "mine.example")
     monkeypatch.delenv("no_proxy", raising=False)
-    launch._ask_itself_directly("10.0.0.7")
+    serve._ask_itself_directly("10.0.0.7")
     assert os.environ["NO_PROXY"] == "mine.example,localhost,127.0.0.1,::1,10.0.0.7"
     assert os.environ["no_proxy"] == "localhost,127.0.0.1,::1,10.0.0.7"
 
@@ -186,7 +188,7 @@ def test_what_is_said_during_a_run_is_no_markup() -> None:
     out = io.StringIO()
     Display(Console(file=out, width=40), 1).say(MARKUP)
     assert out.getvalue() == MARKUP + "\n"
-    console = training._console()
+    console = train._console()
     with console.capture() as captured:
         console.print(MARKUP, soft_wrap=True)
     assert captured.get() == MARKUP + "\n"
@@ -204,7 +206,7 @@ def test_a_schedule_in_a_heading_is_no_markup(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(app, ["schedule", '{"schedule":"constant","tau":[/INST]}'])
     assert result.exit_code == 1
     assert "[/INST]" in result.stderr
-    show_schedule.show({"[/INST]": [1.0, 0.5]}, as_table=True, as_json=False, out=None)
+    schedule.show({"[/INST]": [1.0, 0.5]}, as_table=True, as_json=False, out=None)
 
 
 def test_a_bad_address_or_folder_is_a_sentence(tmp_path: Path) -> None:

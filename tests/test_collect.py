@@ -17,13 +17,13 @@ from toys import Letters, Question
 from ead_client import ConnectionFailed, RequestRefused, Rollout
 from ead_client._rollouts import Group
 from ead_client._types import Choice
-from trainer_bridge.collect import Collected, Collector, RolloutConfig
-from trainer_bridge.config import read_config
 from trainer_bridge.errors import BadConfig, TooFewRollouts
-from trainer_bridge.mending import LONGEST_PAUSE, mended
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig
-from trainer_bridge.versions import Versions
+from trainer_bridge.run.collect import Collected, Collector, RolloutConfig
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.retries import LONGEST_PAUSE, mended
+from trainer_bridge.run.versions import Versions
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig
 
 VERSIONS = Versions("test")
 LETTERS = "abcdefgh"
@@ -243,7 +243,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("trainer_bridge.mending.time", made)
+    monkeypatch.setattr("trainer_bridge.run.retries.time", made)
     return made
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer_bridge.config import TrainConfig, read_config
 from trainer_bridge.errors import BadConfig
+from trainer_bridge.run.config import TrainConfig, read_config
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
 

@@ -23,7 +23,7 @@ from conftest import TINY_FLAGS
 
 from ead_client import Client, RequestRefused
 from ead_sampler.plugin import SUPPORTED_SGLANG
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 ROOT = Path(__file__).parent.parent
 

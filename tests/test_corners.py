@@ -31,7 +31,7 @@ from test_server import (
 from test_weights import config, named_tensors, perturbed
 
 from ead_client import Client, Rollout
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 from trainer_bridge import weight_publisher
 from trainer_bridge.errors import WeightUpdateFailed
 

@@ -21,12 +21,12 @@ from pydantic import ValidationError
 from torch import Tensor
 from trainers import branch, functions, padded
 
-from trainer_bridge.corrections import (
+from trainer_bridge.algorithms.corrections import (
     CorrectionConfig,
     correction_metrics,
     correction_weights,
 )
-from trainer_bridge.losses import LossConfig, policy_loss
+from trainer_bridge.algorithms.losses import LossConfig, policy_loss
 
 Prefix = tuple[int, ...]
 TAUS = (1.3, 0.7, 0.4)

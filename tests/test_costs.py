@@ -14,7 +14,7 @@ from conftest import TINY_FLAGS
 from hostile import Hostile, table
 from test_guard import wait_for
 
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 LOOP_SECONDS = 1.0  # of processor time of the thread that the event loop runs in
 MEMORY_BYTES = 100 << 20  # that do not come back

@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY_FLAGS, Reference
 from test_server import LOGPROB_TOLERANCE, post
 
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 DEFAULT = {"schedule": "linear", "length": 8.0, "tau_max": 1.5, "tau_min": 0.5}
 WORKERS = 2

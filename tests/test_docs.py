@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ead_sampler.schedule import REGISTRY
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -20,7 +20,7 @@ from conftest import TINY_FLAGS
 
 from benchmarks import dying
 from benchmarks.dying import Case, running, tried, wait_for
-from ead_server.process import ServerProcess, descendants
+from ead_server.launch.process import ServerProcess, descendants
 
 KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
 
@@ -129,7 +129,7 @@ def keeper(tmp_path: Path, code: str, pause_s: float = 0.05) -> tuple[str, ...]:
     before, _, after = code.rpartition("; ")
     command = f"import os, signal, time; {before or 'pass'}; {told}; {after}"
     keep = f"keep_alive([sys.executable, '-c', {command!r}], pause_s={pause_s})"
-    text = f"import sys; from ead_server.process import keep_alive; sys.exit({keep})"
+    text = f"import sys; from ead_server.launch.process import keep_alive; sys.exit({keep})"
     return sys.executable, "-c", text
 
 

@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer_bridge.estimators import (
+from trainer_bridge.algorithms.estimators import (
     bootstrap_interval,
     maj_at_k,
     mean_at_k,

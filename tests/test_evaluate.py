@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 
 from ead_client import Choice, Client, Group, Rollout
-from ead_server.process import ServerProcess
-from trainer_bridge.estimators import bootstrap_interval, maj_at_k, mean_at_k, pass_at_k, worst_at_k
-from trainer_bridge.evaluate import Evaluation, EvaluationConfig, evaluate
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig
+from ead_server.launch.process import ServerProcess
+from trainer_bridge.algorithms.estimators import (
+    bootstrap_interval,
+    maj_at_k,
+    mean_at_k,
+    pass_at_k,
+    worst_at_k,
+)
+from trainer_bridge.run.evaluate import Evaluation, EvaluationConfig, evaluate
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig
 
 SCHEDULE = {"schedule": "ead", "tau_max": 1.4, "tau_min": 0.2, "decay": 10.0, "warmup": 2}
 

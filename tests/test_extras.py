@@ -33,7 +33,7 @@ ELSEWHERE = {
     "ead_client._types": {"torch"},  # for who has it already
     "ead_sampler.cpu_kernels.sgl_kernel": {"sgl_kernel"},  # itself
 }
-COMMANDS = "ead_server.cli"
+COMMANDS = "ead_cli.main"
 # what transformers looks for when it reads the embedded model's GGUF file
 OF_GGUF = {"accelerate", "gguf"}
 
@@ -120,7 +120,7 @@ def parts() -> dict[str, set[str]]:
     trainer = {f"ead_server.{name}" for name in OF_TRAINER}
     trainer |= {name for name in FILES if name.startswith("trainer_bridge")}
     server = {name for name in FILES if name.startswith(("ead_server", "ead_sampler"))}
-    return {"cli": cli, "trainer": cli | trainer, "server": server - trainer - {"ead_server.demo"}}
+    return {"cli": cli, "trainer": cli | trainer, "server": server - trainer - {"ead_cli.demo"}}
 
 
 @pytest.mark.parametrize("extra", ["cli", "trainer", "server"])
@@ -160,9 +160,7 @@ def test_the_bare_install_is_the_light_client() -> None:
 def test_a_command_whose_extra_is_not_installed_says_so(
     command: list[str], missing: str, tmp_path: Path
 ) -> None:
-    code = (
-        "import sys; sys.modules[sys.argv.pop(1)] = None; from ead_server.cli import main; main()"
-    )
+    code = "import sys; sys.modules[sys.argv.pop(1)] = None; from ead_cli.main import main; main()"
     run = subprocess.run(
         [sys.executable, "-c", code, missing, *command],
         capture_output=True,

@@ -12,8 +12,8 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 from ead_sampler import AnnealingError, device, parse_annealing
-from ead_server.first_mistake import MAX_ENTRIES, stop_at_first_mistake
-from ead_server.rollouts import RolloutRequest
+from ead_server.edge.fail_fast import MAX_ENTRIES, stop_at_first_mistake
+from ead_server.rollouts.job import RolloutRequest
 
 MANY = 20_000
 ODD = ["x"] * MANY

@@ -15,10 +15,10 @@ from conftest import ServerProcess
 from ead_client import Client
 from ead_client._address import address_of
 from ead_sampler.schedule import AnnealingError, parse_annealing
+from ead_server.annealing.recorder import Recorder
 from ead_server.calls import Call
-from ead_server.guard import Guard
-from ead_server.keys import bearer
-from ead_server.recorder import Recorder
+from ead_server.edge.guard import Guard
+from ead_server.edge.keys import bearer
 from ead_server.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -181,7 +181,7 @@ def test_a_client_that_leaves_is_no_bad_request(monkeypatch: pytest.MonkeyPatch)
         "EAD_SETTINGS", Settings.model_validate({"log_format": "off"}).model_dump_json()
     )
     told: list[Call] = []
-    monkeypatch.setattr("ead_server.guard.tell", told.append)
+    monkeypatch.setattr("ead_server.edge.guard.tell", told.append)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ead_client import Client
 from trainer_bridge import SyncConfig, TrainConfig, weight_publisher
 from trainer_bridge.errors import CheckpointFailed, WeightUpdateFailed
-from trainer_bridge.growing import write_whole
-from trainer_bridge.mending import may_pass
-from trainer_bridge.policy import ModelConfig, load_policy
-from trainer_bridge.report import ReportConfig, RunFolder, read_metrics
+from trainer_bridge.policy.policy import ModelConfig, load_policy
+from trainer_bridge.run.growing_files import write_whole
+from trainer_bridge.run.report import ReportConfig, RunFolder, read_metrics
+from trainer_bridge.run.retries import may_pass
 
 CONFIG = TrainConfig().model_dump(mode="json")
 

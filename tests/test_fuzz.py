@@ -37,7 +37,7 @@ from test_server import FAST, check_against_reference
 
 from ead_client import Client
 from ead_client._rollouts import FRAMES
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 SCALE = int(os.environ.get("EAD_FUZZ_SCALE", "1"))
 SEED = int(os.environ.get("EAD_FUZZ_SEED", "0"))

@@ -24,14 +24,14 @@ from torch.distributed import TCPStore
 
 from ead_client import Client, EadError, ServerUnavailable
 from ead_server import settings
-from ead_server.bodies import MAX_NESTING, SGLANGS
-from ead_server.body_shape import shape_of
 from ead_server.calls import current_call
-from ead_server.guard import Guard
-from ead_server.keys import refused_key, sglang_admin_paths
-from ead_server.process import ServerProcess
+from ead_server.edge.bodies import MAX_NESTING, SGLANGS
+from ead_server.edge.body_shape import shape_of
+from ead_server.edge.guard import Guard
+from ead_server.edge.keys import refused_key, sglang_admin_paths
+from ead_server.edge.stop_regex import matches_fast
+from ead_server.launch.process import ServerProcess
 from ead_server.settings import Settings
-from ead_server.stop_regex import matches_fast
 
 KEY = "an-api-key-that-must-not-show"
 LIMITS = ["--max-body-bytes", "20000", "--max-answers", "8", "--max-n", "4"]

@@ -16,7 +16,7 @@ from test_server import LOGPROB_TOLERANCE, post
 
 from ead_client import Client, RequestRefused, Rollout
 from ead_sampler import REGISTRY
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 # token ids made likely below, so that segments do begin and end: an answer of 40 tokens lacks END
 # 4 times in 10,000 (simulated with the reference), and two answers, as asked for here, once in 5e6

@@ -22,22 +22,26 @@ from test_rollouts import LONG, answer_of, request_text, wait_until_idle
 from test_server import FAST, check_against_reference
 
 from ead_client import Client, EadError
-from ead_server import packing, rollouts, routes
-from ead_server.process import ServerProcess
+from ead_server import media_types
+from ead_server.launch.process import ServerProcess
+from ead_server.rollouts import packing, routes
+from ead_server.rollouts.job import Group, Job
+from ead_server.rollouts.kept_jobs import KeptJobs
+from ead_server.rollouts.request import Prompt
 
 # --- the event loop ------------------------------------------------------------------------------
 
 
-def finished_job() -> rollouts.Job:
+def finished_job() -> Job:
     """Groups that were generated already, large enough to be written in a thread."""
-    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group = Group(0, Prompt(text="x"), 1, {})
     group.answers = [answer_of([7] * 10_000, 0.5)]
 
-    class Done(rollouts.Group):
-        async def run(self, engine: Any) -> rollouts.Group:
+    class Done(Group):
+        async def run(self, engine: Any) -> Group:
             return group
 
-    job = rollouts.Job([Done(0, group.prompt, 1, {})], None, "m")  # type: ignore[arg-type]
+    job = Job([Done(0, group.prompt, 1, {})], None, "m")  # type: ignore[arg-type]
     job.groups = [group]
     return job
 
@@ -45,11 +49,11 @@ def finished_job() -> rollouts.Job:
 @pytest.mark.parametrize(
     ("work", "accept"),
     [
-        ((routes, "_parsed"), packing.JSON),
-        ((packing, "json_answer"), packing.JSON),
-        ((packing, "binary_answer"), packing.SAFETENSORS),
-        ((packing, "json_line"), packing.NDJSON),
-        ((packing, "frame"), packing.FRAMES),
+        ((routes, "parse"), media_types.JSON),
+        ((packing, "json_answer"), media_types.JSON),
+        ((packing, "binary_answer"), media_types.SAFETENSORS),
+        ((packing, "json_line"), media_types.NDJSON),
+        ((packing, "frame"), media_types.FRAMES),
     ],
     ids=["reading", "json", "safetensors", "ndjson", "safetensors-seq"],
 )
@@ -67,7 +71,7 @@ def test_others_are_answered_while_a_large_call_is_read_or_written(
         return original(*arguments)
 
     monkeypatch.setattr(module, name, held)
-    monkeypatch.setattr(routes, "_kept", rollouts.KeptJobs())
+    monkeypatch.setattr(routes, "_kept", KeptJobs())
     app = FastAPI()
     app.include_router(routes.router)
     app.is_single_tokenizer_mode = True  # type: ignore[attr-defined]

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer_bridge import logprobs as module
-from trainer_bridge.logprobs import TokenLogprobs, VocabShard, linear_logprobs
+from trainer_bridge.algorithms import logprobs as module
+from trainer_bridge.algorithms.logprobs import TokenLogprobs, VocabShard, linear_logprobs
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -25,21 +25,21 @@ from scipy import stats
 from test_server import expected_temperatures
 from toys import Letters
 
+from ead_cli.train import WaitedFor
 from ead_client import Client
-from ead_server.process import ServerProcess
-from ead_server.training import WaitedFor
-from trainer_bridge import checkpoint
-from trainer_bridge.batch import RolloutBatch, Sample
-from trainer_bridge.collect import Collector, RolloutConfig
-from trainer_bridge.config import read_config
+from ead_server.launch.process import ServerProcess
 from trainer_bridge.errors import BadConfig, StaleRollout, TooFewRollouts
-from trainer_bridge.loop import train
-from trainer_bridge.policy import ModelConfig, load_policy
-from trainer_bridge.report import Display, read_metrics
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig
-from trainer_bridge.trainer import ScoredAnswers, Trainer
-from trainer_bridge.versions import Versions
+from trainer_bridge.policy.batch import RolloutBatch, Sample
+from trainer_bridge.policy.policy import ModelConfig, load_policy
+from trainer_bridge.policy.trainer import ScoredAnswers, Trainer
+from trainer_bridge.run import checkpoint
+from trainer_bridge.run.collect import Collector, RolloutConfig
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.loop import train
+from trainer_bridge.run.report import Display, read_metrics
+from trainer_bridge.run.versions import Versions
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig
 
 VERSIONS = Versions("test")
 SCHEDULE = {"tau_max": 1.5, "tau_min": 0.3, "decay": 20.0, "warmup": 3}
@@ -195,9 +195,9 @@ def assert_same_run(got: Path, want: Path, model: Path) -> None:
     """Metrics of every step, and the weights that it ended with.
 
     How answers are batched changes the last digits of float32 numbers, and Adam makes whole steps
-    of the smallest gradients: a gradient of about 0 may move its weight by 1e-3 the other way, which
-    is 2e-3 of the way here. A few of these are allowed. A lost step, or an optimizer that forgot its
-    moments, is off by more than a tenth of the way.
+    of the smallest gradients: a gradient of about 0 may move its weight by 1e-3 the other way,
+    which is 2e-3 of the way here. A few of these are allowed. A lost step, or an optimizer that
+    forgot its moments, is off by more than a tenth of the way.
     """
     entries = [repeatable(read_metrics(folder)) for folder in (got, want)]
     assert len(entries[0]) == len(entries[1]) == 4
@@ -249,7 +249,7 @@ def test_two_processes_run_as_one_does(
 ) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "ead_server.cli", "train", "--folder", str(folder)]
+    command += ["--nproc-per-node", "2", "-m", "ead_cli.main", "train", "--folder", str(folder)]
     command += settings(tiny_model, f"server.url={server.url}", "sync.way=distributed")
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environ = {
@@ -270,7 +270,7 @@ def test_server_and_trainer_killed_and_the_run_goes_on(
     back; the trainer after the second, and its server ends too; the run is resumed."""
     folder = tmp_path / "run"
     flags = ", ".join(f'"{flag}"' for flag in TINY_FLAGS)
-    command = [sys.executable, "-m", "ead_server.cli", "train", "--folder", str(folder)]
+    command = [sys.executable, "-m", "ead_cli.main", "train", "--folder", str(folder)]
     command += settings(tiny_model, f"server.arguments=[{flags}]")
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environ = {**os.environ, "PYTHONPATH": path}

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from trainers import functions, padded
 
-from trainer_bridge.losses import (
+from trainer_bridge.algorithms.losses import (
     LossConfig,
     aggregation_weights,
     covariance_tokens,

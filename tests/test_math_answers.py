@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from trainer_bridge.math_equal import equal
-from trainer_bridge.math_final import final_answer
-from trainer_bridge.math_task import MathFile, MathProblem
-from trainer_bridge.math_text import number
+from trainer_bridge.tasks.math import MathFile, MathProblem
+from trainer_bridge.tasks.math_equal import equal
+from trainer_bridge.tasks.math_final import final_answer
+from trainer_bridge.tasks.math_text import number
 
 LINES = (Path(__file__).parent / "math_answers.jsonl").read_text(encoding="utf-8").splitlines()
 TABLE: list[dict[str, Any]] = [json.loads(line) for line in LINES]

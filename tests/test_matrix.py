@@ -17,12 +17,12 @@ import torch
 from test_batch import rollout
 from torch import Tensor
 
-from trainer_bridge.advantages import AdvantageConfig
-from trainer_bridge.batch import Sample
-from trainer_bridge.corrections import CorrectionConfig
-from trainer_bridge.losses import LossConfig
-from trainer_bridge.policy import Policy
-from trainer_bridge.trainer import OptimizerConfig, ScoredAnswers, Trainer, UpdateConfig
+from trainer_bridge.algorithms.advantages import AdvantageConfig
+from trainer_bridge.algorithms.corrections import CorrectionConfig
+from trainer_bridge.algorithms.losses import LossConfig
+from trainer_bridge.policy.batch import Sample
+from trainer_bridge.policy.policy import Policy
+from trainer_bridge.policy.trainer import OptimizerConfig, ScoredAnswers, Trainer, UpdateConfig
 
 VOCABULARY, PROMPT, RATE, LONGEST = 40, 4, 0.5, 12
 KINDS = ("clip", "cispo", "gspo", "clip_cov", "kl_cov")

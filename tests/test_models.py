@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ead_server import models
-from ead_server.models import MANIFEST, ModelPullError, Source, pull_source
+from ead_server.launch import models
+from ead_server.launch.models import MANIFEST, ModelPullError, Source, pull_source
 
 CONTENT = b"weights " * 1000
 FAKE = Source(
@@ -207,7 +207,7 @@ def smollm2() -> Path:
 
 def test_a_pulled_model_is_found_without_torch(smollm2: Path) -> None:
     code = (
-        "import sys; from ead_server.models import resolve; print(resolve('smollm2'));"
+        "import sys; from ead_server.launch.models import resolve; print(resolve('smollm2'));"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'filelock')))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ from test_kinds_served import WITH_STATE, check_all_kinds
 from test_server import FAST, check_against_reference, expected_temperatures
 
 from ead_client import Client, EadError, RequestRefused, Rollout, Rollouts
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 FLAGS = (
     *TINY_FLAGS,

@@ -18,7 +18,7 @@ from test_server import FAST, expected_temperatures
 from test_weights import config, named_tensors, perturbed
 
 from ead_client import Client
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 from trainer_bridge import weight_publisher
 
 EXAMPLES = sorted(

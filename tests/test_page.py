@@ -17,7 +17,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")

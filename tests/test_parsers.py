@@ -21,7 +21,7 @@ from test_plain import shape
 from test_server import FAST, LOGPROB_TOLERANCE, expected_temperatures
 
 from ead_client import Rollout
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 WEATHER = {
     "name": "get_weather",

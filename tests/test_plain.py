@@ -15,8 +15,8 @@ import httpx
 import pytest
 from conftest import TINY_FLAGS
 
-from ead_server.launch import with_defaults
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
+from ead_server.launch.serve import with_defaults
 
 MESSAGES = [{"role": "user", "content": "class Sampler"}]
 CHAT = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 24}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ead_sampler import plugin
-from ead_server.launch import with_defaults
+from ead_server.launch.serve import with_defaults
 
 
 def test_the_installed_sglang_has_every_hook() -> None:
@@ -165,7 +165,7 @@ def test_every_flag_passes_and_a_users_own_flag_wins(tmp_path: Path) -> None:
 def test_the_embedded_model_is_resolved_and_keeps_its_name(
     given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ead_server.models.resolve", lambda name: f"/cache/{name}")
+    monkeypatch.setattr("ead_server.launch.models.resolve", lambda name: f"/cache/{name}")
     arguments = with_defaults(given, cpu=False)
     assert "/cache/smollm2" in " ".join(arguments)
     assert arguments[arguments.index("--served-model-name") + 1] == "smollm2"

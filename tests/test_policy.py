@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from test_batch import rollout
 
-from trainer_bridge.batch import RolloutBatch, Sample
 from trainer_bridge.errors import UnsupportedModel
-from trainer_bridge.policy import (
+from trainer_bridge.policy.batch import RolloutBatch, Sample
+from trainer_bridge.policy.policy import (
     LoraConfig,
     ModelConfig,
     Policy,
@@ -192,7 +192,7 @@ def test_a_model_whose_logits_are_more_than_a_linear_head_is_refused(tiny_model:
         return output
 
     model.forward = doubled
-    from trainer_bridge.policy import _check
+    from trainer_bridge.policy.policy import _check
 
     with pytest.raises(UnsupportedModel, match="packed log-probabilities differ"):
         _check(Policy(model))

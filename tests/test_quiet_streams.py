@@ -14,12 +14,17 @@ import pytest
 import torch
 from test_rollouts import answer_of
 
+from ead_cli import train
 from ead_client import Client, ConnectionFailed, RequestRefused, ServerUnavailable
-from ead_server import packing, rollouts, routes, training
+from ead_server import media_types
+from ead_server.rollouts import job, packing, routes
+from ead_server.rollouts.engine import Engine
+from ead_server.rollouts.job import Group, Job
+from ead_server.rollouts.request import Prompt
 from trainer_bridge import SyncConfig, weight_publisher
-from trainer_bridge.config import read_config
 from trainer_bridge.errors import WeightUpdateFailed
-from trainer_bridge.mending import may_pass
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.retries import may_pass
 
 # --- groups that take long -----------------------------------------------------------------------
 
@@ -30,17 +35,15 @@ def streamed(form: str, quiet: int) -> list[bytes]:
     async def parts() -> list[bytes]:
         may_end = [asyncio.Event(), asyncio.Event()]
 
-        class Slow(rollouts.Group):
-            async def run(self, engine: Any) -> rollouts.Group:
+        class Slow(Group):
+            async def run(self, engine: Any) -> Group:
                 await may_end[self.index].wait()
                 self.answers = [answer_of([7] * 3, 0.5)]
                 return self
 
-        groups: list[rollouts.Group] = [
-            Slow(index, rollouts.Prompt(text="x"), 1, {}) for index in range(2)
-        ]
+        groups: list[Group] = [Slow(index, Prompt(text="x"), 1, {}) for index in range(2)]
         engine: Any = SimpleNamespace(at_work=lambda: True)
-        job = rollouts.Job(groups, engine, "m")
+        job = Job(groups, engine, "m")
         found: list[bytes] = []
         waited = 0
         async for part in routes._streamed(job, form, 0.0, keep=False):
@@ -57,11 +60,11 @@ def streamed(form: str, quiet: int) -> list[bytes]:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "QUIET_S", 0.02)
+    monkeypatch.setattr(job, "QUIET_S", 0.02)
 
 
 def test_a_silent_stream_of_frames_goes_on_and_means_the_same() -> None:
-    parts = streamed(packing.FRAMES, quiet=2)
+    parts = streamed(media_types.FRAMES, quiet=2)
     assert len(parts) >= 4 + 3
 
     def served(request: httpx.Request) -> httpx.Response:
@@ -74,7 +77,7 @@ def test_a_silent_stream_of_frames_goes_on_and_means_the_same() -> None:
 
 
 def test_a_silent_stream_of_lines_has_no_other_lines() -> None:
-    body = b"".join(streamed(packing.NDJSON, quiet=2))
+    body = b"".join(streamed(media_types.NDJSON, quiet=2))
     lines = [json.loads(line) for line in body.split(b"\n")[:-1]]
     assert [line["object"] for line in lines] == ["rollouts.group"] * 2 + ["rollouts.end"]
     assert [line["index"] for line in lines[:2]] == [1, 0]
@@ -87,21 +90,21 @@ def test_an_engine_that_stands_still_gives_no_sign_of_life(
     paused: bool, silent_s: float, at_work: bool
 ) -> None:
     manager = SimpleNamespace(is_pause=paused, last_receive_tstamp=time.time() - silent_s)
-    engine = rollouts.Engine.__new__(rollouts.Engine)
+    engine = Engine.__new__(Engine)
     engine.manager = manager
     assert engine.at_work() is at_work
 
 
 def test_how_long_a_run_bears_silence_is_a_setting() -> None:
     config = read_config(["server.silence_s=7200"]).server
-    assert training._timeout(config).read == 7200
-    assert training._timeout(config).connect == 5
+    assert train._timeout(config).read == 7200
+    assert train._timeout(config).connect == 5
 
 
 # --- broadcasts that the server breaks off -------------------------------------------------------
 
 
-class Group:
+class StillGroup:
     """A broadcast group in which nothing is sent."""
 
     name, device, invitation = "group", torch.device("cpu"), {"name": "group"}
@@ -143,7 +146,9 @@ def test_an_error_within_a_broadcast_is_mended_like_one_of_another_way(
         told = [{"do": "join"}, {"do": "receive"}, *([last] if last else [])]
         return httpx.Response(200, content=lines_then(*told))
 
-    monkeypatch.setattr("trainer_bridge.weights.BroadcastGroup", lambda *_, **__: Group())
+    monkeypatch.setattr(
+        "trainer_bridge.sync.publisher.BroadcastGroup", lambda *_, **__: StillGroup()
+    )
     transport = httpx.MockTransport(served)
     with Client("http://x", admin_api_key="x", transport=transport) as client:
         publisher = weight_publisher(client, SyncConfig(way="distributed"))

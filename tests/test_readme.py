@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 
 from trainer_bridge.errors import RewardFunctionUnusable
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import (
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import (
     Async,
     Batched,
     Outcome,
@@ -347,8 +347,8 @@ def test_workers_have_no_torch_and_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -
 
 SCRIPT = """
 import os, re, signal, sys
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig
 
 def reward(problem, answer):
     os.write(1, b"%d\\n" % os.getpid())  # in one piece, whoever writes at the same time
@@ -397,8 +397,8 @@ def wait_for_end(pid: int) -> None:
 
 
 UNGUARDED = """
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig
 
 def reward(problem, answer):
     return 1.0
@@ -407,8 +407,8 @@ RewardRunner(reward, RewardConfig(workers=1, start_timeout_s=3600))
 """
 LIMITED = """
 import resource
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig
 
 def reward(problem, answer):
     return float(resource.getrlimit(resource.RLIMIT_AS)[1] // 2**20)

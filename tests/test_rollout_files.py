@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save
 from typer.testing import CliRunner, Result
 
+import ead_cli.rollout
 import ead_client
-import ead_server.rollout
+from ead_cli.main import app
 from ead_client._rollouts import FRAMES
-from ead_server.cli import app
 
 Json = dict[str, Any]
 
@@ -84,7 +84,7 @@ class Served:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Served:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ead_server.rollout, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(ead_cli.rollout, "_PAUSE_S", 0.0)
     served = Served()
 
     def client(*args: Any, **options: Any) -> ead_client.Client:

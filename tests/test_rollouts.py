@@ -32,8 +32,13 @@ from ead_client import (
     ScheduleIgnored,
 )
 from ead_client._rollouts import FRAMES, WHOLE, Frames, unpack
-from ead_server import packing, rollouts
-from ead_server.process import ServerProcess
+from ead_server.errors import TooManyJobs
+from ead_server.launch.process import ServerProcess
+from ead_server.rollouts import packing
+from ead_server.rollouts.job import Group as RunningGroup
+from ead_server.rollouts.job import Job
+from ead_server.rollouts.kept_jobs import KeptJobs
+from ead_server.rollouts.request import Prompt
 
 MESSAGES = [{"role": "user", "content": "class Sampler"}]
 LONG = {"max_new_tokens": 2000, "ignore_eos": True}
@@ -334,25 +339,25 @@ def test_a_call_made_again_finds_the_work_of_the_first(
 def test_more_keys_than_are_kept_end_no_work() -> None:
     """The oldest finished jobs go; one that still runs stays and can be found again."""
 
-    class Waits(rollouts.Group):
-        async def run(self, engine: Any) -> rollouts.Group:
+    class Waits(RunningGroup):
+        async def run(self, engine: Any) -> RunningGroup:
             await asyncio.Event().wait()
             return self
 
     async def fill() -> None:
-        kept = rollouts.KeptJobs(max_jobs=2)
-        prompt = rollouts.Prompt(text="x")
-        runs = rollouts.Job([Waits(0, prompt, 1, {})], None, "m")  # type: ignore[arg-type]
+        kept = KeptJobs(max_jobs=2)
+        prompt = Prompt(text="x")
+        runs = Job([Waits(0, prompt, 1, {})], None, "m")  # type: ignore[arg-type]
         kept.keep("runs", b"", runs)
         for index in range(4):
-            kept.keep(f"done-{index}", b"", rollouts.Job([], None, "m"))  # type: ignore[arg-type]
+            kept.keep(f"done-{index}", b"", Job([], None, "m"))  # type: ignore[arg-type]
         assert kept.find("runs", b"") is runs
         assert not runs.done
         found = [kept.find(f"done-{index}", b"") is not None for index in range(4)]
         assert found == [False, False, False, True]
-        other = rollouts.Job([Waits(0, prompt, 1, {})], None, "m")  # type: ignore[arg-type]
+        other = Job([Waits(0, prompt, 1, {})], None, "m")  # type: ignore[arg-type]
         kept.keep("other", b"", other)
-        with pytest.raises(rollouts.TooManyJobs, match="2 jobs"):
+        with pytest.raises(TooManyJobs, match="2 jobs"):
             kept.find("one more", b"")
         assert kept.find("runs", b"") is runs
         runs.cancel()
@@ -438,7 +443,7 @@ def test_a_bad_request_names_field_and_range(
 def test_the_client_raises_what_the_server_refuses_and_what_it_ignores(client: Client) -> None:
     with pytest.raises(RequestRefused, match="tau_max"):
         client.rollouts(["x"], annealing={"tau_max": 99})
-    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group = RunningGroup(0, Prompt(text="x"), 1, {})
     group.answers = [answer_of([1, 2], 0.5)]  # a server that knows nothing of schedules
     head = {"id": "r", "model": "m", "usage": {}}
     transport = httpx.MockTransport(
@@ -488,7 +493,7 @@ def test_what_is_packed_is_unpacked(groups: list[tuple[list[int], list[dict[str,
     """Bit by bit, with failed answers, empty ones and shared runs of temperatures."""
     made = []
     for index, (prompt, answers) in enumerate(groups):
-        group = rollouts.Group(index, rollouts.Prompt(text="x", metadata=[index]), 1, {})
+        group = RunningGroup(index, Prompt(text="x", metadata=[index]), 1, {})
         group.prompt_token_ids = np.asarray(prompt, np.int32)
         group.answers = answers
         made.append(group)
@@ -523,7 +528,7 @@ def test_each_part_of_a_compressed_stream_can_be_read_when_it_arrives() -> None:
 
 
 def test_the_arrays_of_an_answer_are_views_of_its_bytes() -> None:
-    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group = RunningGroup(0, Prompt(text="x"), 1, {})
     group.answers = [answer_of([100_000, 5], 0.5)]
     _, (got,) = unpack(packing.pack([group], {}))
     rollout = got.answers[0].rollout
@@ -536,7 +541,7 @@ def test_the_arrays_of_an_answer_are_views_of_its_bytes() -> None:
 @settings(max_examples=200)
 def test_damaged_bytes_are_a_typed_error(data: st.DataObject) -> None:
     """Cut short or with a byte changed: MalformedAnswer, or numbers that differ; nothing else."""
-    group = rollouts.Group(0, rollouts.Prompt(text="x"), 1, {})
+    group = RunningGroup(0, Prompt(text="x"), 1, {})
     group.answers = [answer_of([1, 2, 100_000], 0.5)]
     whole = bytearray(packing.pack([group], {}))
     cut = data.draw(st.integers(0, len(whole)))

@@ -28,7 +28,7 @@ from ead_client import (
     Rollout,
     ServerUnavailable,
 )
-from ead_server.process import HOST, ServerProcess, hold_port
+from ead_server.launch.process import HOST, ServerProcess, hold_port
 
 # The router as in an environment of its own: it imports sglang where it finds one, which without a
 # GPU fails unless ead_sampler/device.py has been there first.

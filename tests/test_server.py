@@ -26,7 +26,7 @@ from test_schedule import closed_form
 
 from ead_client import AsyncClient, Client, Rollout
 from ead_sampler import parse_annealing
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 LOGPROB_TOLERANCE = 1e-4
 

@@ -17,8 +17,8 @@ from test_schedule import closed_form
 
 from ead_client import Client, Rollout
 from ead_sampler import parse_annealing
-from ead_server import models
-from ead_server.process import ServerProcess
+from ead_server.launch import models
+from ead_server.launch.process import ServerProcess
 from trainer_bridge import ModelConfig, Sample, SyncConfig, load_policy, weight_publisher
 
 SCHEDULE = {"tau_max": 1.4, "tau_min": 0.4, "decay": 30.0, "warmup": 2, "step": 0}

@@ -11,11 +11,11 @@ import pytest
 import toys
 from toys import Letters, Question
 
+from ead_cli import train
 from ead_sampler import device
-from ead_server import training
-from trainer_bridge.config import read_config
 from trainer_bridge.errors import BadConfig
-from trainer_bridge.start_checks import build_task, check_evaluation, check_run
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.start_checks import build_task, check_evaluation, check_run
 
 # The longer the schedule is hot, the more the mean lowers it, in the end below what is allowed.
 LATE = "{tau_max=1.2, tau_min=0.02, decay=25, mean_matched={temperature=0.5, tokens=200}}"
@@ -173,7 +173,7 @@ def test_it_is_refused_before_a_server_is_started(
     def started(*_: Any, **__: Any) -> None:
         raise AssertionError("a server was started")
 
-    monkeypatch.setattr(training, "server_for", started)
+    monkeypatch.setattr(train, "server_for", started)
     file = tmp_path / "few.jsonl"
     rows = [{"problem": f"{i} + 1?", "answer": i + 1} for i in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -186,8 +186,8 @@ def test_it_is_refused_before_a_server_is_started(
     ]
     folder = tmp_path / "run"
     commands: dict[str, Callable[[], None]] = {
-        "train": lambda: training.run(arguments, folder, resume=False),
-        "eval": lambda: training.run_evaluation(arguments, folder, as_json=True),
+        "train": lambda: train.run(arguments, folder, resume=False),
+        "eval": lambda: train.run_evaluation(arguments, folder, as_json=True),
     }
     with pytest.raises(BadConfig, match=r"evaluation.problems 40: math/few has \d;"):
         commands[command]()
@@ -216,11 +216,11 @@ def test_a_server_beside_the_trainer_leaves_it_room_and_computes_as_its_device_c
         raise Stopped
 
     seen: list[list[str]] = []
-    monkeypatch.setattr(training, "ServerProcess", started)
+    monkeypatch.setattr(train, "ServerProcess", started)
     monkeypatch.setattr(device, "choose", lambda: "")
     monkeypatch.setattr(device, "is_cpu", lambda: on_cpu)
     config = read_config(["server.arguments=['--dtype', 'float16']"]).server
-    with pytest.raises(Stopped), training.server_for(config, "model", tmp_path, print):
+    with pytest.raises(Stopped), train.server_for(config, "model", tmp_path, print):
         pass
     assert seen[0][:2] == ["--model-path", "model"]
     assert seen[0][4:] == [*flags, "--dtype", "float16"]

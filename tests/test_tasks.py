@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from trainer_bridge.errors import BadConfig
-from trainer_bridge.evaluate import held_out as held_out_problems
-from trainer_bridge.gym_task import ReasoningGym
-from trainer_bridge.math_task import MathFile, MathProblem
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig, RewardFailure
-from trainer_bridge.tasks import Task, TaskConfig
+from trainer_bridge.run.evaluate import held_out as held_out_problems
+from trainer_bridge.tasks.gym import ReasoningGym
+from trainer_bridge.tasks.math import MathFile, MathProblem
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig, RewardFailure
+from trainer_bridge.tasks.task import Task, TaskConfig
 
 # the last draws from Python's global generator now and then, at these numbers too
 DATASETS = ("letter_counting", "chain_sum", "list_functions")
@@ -50,7 +50,7 @@ def test_a_problem_depends_on_its_number_alone() -> None:
     """In any order, in any process, whatever the seeds of hashes and of global generators are."""
     code = (
         "import json, random, sys\n"
-        "from trainer_bridge.gym_task import ReasoningGym\n"
+        "from trainer_bridge.tasks.gym import ReasoningGym\n"
         "random.seed(sys.argv[1])\n"
         "found = {}\n"
         f"for name in {DATASETS}:\n"
@@ -168,7 +168,7 @@ def test_datasets_that_make_all_their_problems_at_once_are_as_endless_as_others(
 
 
 def test_the_evaluation_share_is_the_share_of_questions() -> None:
-    from trainer_bridge.tasks import split_of
+    from trainer_bridge.tasks.task import split_of
 
     drawn = [split_of(f"question {i}", 0.2) for i in range(10_000)]
     # 5 standard deviations of a binomial share: one false alarm in two million

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY_FLAGS
 
 from ead_sampler import AnnealingError, parse_annealing, requests
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
 
 KINDS: list[dict[str, Any]] = [
     {"schedule": "ead", "step": 0},

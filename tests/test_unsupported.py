@@ -12,8 +12,8 @@ import httpx
 import pytest
 from conftest import TINY_FLAGS
 
-from ead_server.launch import with_defaults
-from ead_server.process import ServerProcess
+from ead_server.launch.process import ServerProcess
+from ead_server.launch.serve import with_defaults
 
 LOAD = """
 import os

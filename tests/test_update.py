@@ -16,13 +16,13 @@ import torch
 from test_batch import rollout
 from test_matrix import make_model, sampled
 
-from trainer_bridge.advantages import AdvantageConfig
-from trainer_bridge.batch import Sample
-from trainer_bridge.corrections import CorrectionConfig
+from trainer_bridge.algorithms.advantages import AdvantageConfig
+from trainer_bridge.algorithms.corrections import CorrectionConfig
+from trainer_bridge.algorithms.losses import LossConfig
 from trainer_bridge.errors import Diverged
-from trainer_bridge.losses import LossConfig
-from trainer_bridge.policy import ModelConfig, Policy, load_policy
-from trainer_bridge.trainer import (
+from trainer_bridge.policy.batch import Sample
+from trainer_bridge.policy.policy import ModelConfig, Policy, load_policy
+from trainer_bridge.policy.trainer import (
     OptimizerConfig,
     ScoredAnswers,
     Trainer,
@@ -316,7 +316,7 @@ def test_the_optimizer_is_adamw_written_out() -> None:
 
 def _rank(rank: int, port: int, model: str, loss: LossConfig, out: str) -> None:
     """One of two gloo processes: two updates, and what they did."""
-    from trainer_bridge import ranks
+    from trainer_bridge.policy import ranks
 
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)

@@ -11,16 +11,16 @@ from helpers.weights import post_sglang
 from rich.console import Console
 from toys import Letters
 
+from ead_cli.train import WaitedFor
 from ead_client import Client
-from ead_server.training import WaitedFor
-from trainer_bridge.collect import Collector, RolloutConfig
-from trainer_bridge.config import read_config
 from trainer_bridge.errors import StaleRollout
-from trainer_bridge.loop import train
-from trainer_bridge.report import Display
-from trainer_bridge.reward_runner import RewardRunner
-from trainer_bridge.rewards import RewardConfig
-from trainer_bridge.versions import Versions, new_run_id
+from trainer_bridge.run.collect import Collector, RolloutConfig
+from trainer_bridge.run.config import read_config
+from trainer_bridge.run.loop import train
+from trainer_bridge.run.report import Display
+from trainer_bridge.run.versions import Versions, new_run_id
+from trainer_bridge.tasks.reward_runner import RewardRunner
+from trainer_bridge.tasks.rewards import RewardConfig
 
 
 def test_a_version_is_of_one_run_and_one_step() -> None:

@@ -31,9 +31,10 @@ from safetensors.torch import save, save_file
 from ead_client import Client
 from ead_sampler.bad_numbers import is_finite
 from ead_sampler.selftest import standalone_sampler
-from ead_server.process import ServerProcess
-from ead_server.weight_files import Spec, WeightsRefused
-from ead_server.weight_folders import check_numbers, open_folder
+from ead_server.errors import WeightsRefused
+from ead_server.launch.process import ServerProcess
+from ead_server.weights.folders import check_numbers, open_folder
+from ead_server.weights.manifest import Spec
 from trainer_bridge import SyncConfig, weight_publisher
 from trainer_bridge.errors import WeightUpdateFailed
 

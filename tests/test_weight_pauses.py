@@ -17,9 +17,9 @@ from helpers.waiting import wait_for
 from helpers.weights import post, post_folder
 
 from ead_client import Client
-from ead_server import weights
-from ead_server.weight_hooks import flush_cache
-from ead_server.weights import Weights
+from ead_server.weights import update
+from ead_server.weights.hooks import flush_cache
+from ead_server.weights.update import Weights
 
 
 def running(client: Client) -> int:
@@ -112,8 +112,8 @@ def test_tries_to_stand_still_are_further_and_further_apart(
     assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
     assert manager.calls == ["retract", "continue"] * 5 + ["retract"]
 
-    monkeypatch.setattr(weights, "BUSY_SECONDS", -1.0)
+    monkeypatch.setattr(update, "BUSY_SECONDS", -1.0)
     manager = Ranks([False, True])
-    with pytest.raises(weights.WeightsRefused, match="keep the cache from being flushed"):
+    with pytest.raises(update.WeightsRefused, match="keep the cache from being flushed"):
         asyncio.run(Weights(manager)._stand_still("abort", paused_by_user=False))
     assert manager.calls == ["retract", "abort", "continue"]

@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from ead_client import Client, Rollout, ServerUnavailable
-from ead_server.process import ServerProcess
-from ead_server.weights import spool_prefix
+from ead_server.launch.process import ServerProcess
+from ead_server.weights.update import spool_prefix
 from trainer_bridge import Policy, SyncConfig, weight_publisher
 from trainer_bridge.errors import WeightUpdateFailed
-from trainer_bridge.policy import LoraConfig, ModelConfig, load_policy
+from trainer_bridge.policy.policy import LoraConfig, ModelConfig, load_policy
 
 WAYS = ("tensors", "distributed", "disk")
 SCHEDULE = {"tau_max": 1.5, "tau_min": 0.3, "decay": 200.0, "step": 0}

@@ -38,13 +38,13 @@ class Call:
 current_call: ContextVar[Call | None] = ContextVar("ead_current_call", default=None)
 
 
-def tell_refused(reason: str) -> None:
-    """Why the request that is being worked on is refused, for the log and the metrics."""
+def note_refused(reason: str) -> None:
+    """Note why the request that is being worked on is refused, for the log and the metrics."""
     if (call := current_call.get()) is not None:
         call.refused = reason
 
 
-def tell(call: Call) -> None:
+def record(call: Call) -> None:
     """Count the request, and write its line."""
     if call.left and call.status >= 400:  # the answer that SGLang has for nobody
         call.status, call.refused = 0, None

@@ -15,9 +15,10 @@ from typing_extensions import TypedDict
 
 from ead_sampler.kinds import Segment
 from ead_sampler.schedule import DEFAULT_SCHEDULE, REGISTRY
-from ead_server import packing, settings
-from ead_server.keys import ADMIN_ROUTES, OPEN
-from ead_server.rollouts import RolloutRequest
+from ead_server import settings
+from ead_server.edge.keys import ADMIN_ROUTES, OPEN
+from ead_server.media_types import FRAMES, JSON, NDJSON, SAFETENSORS
+from ead_server.rollouts.request import RolloutRequest
 
 Json = dict[str, Any]
 
@@ -152,7 +153,7 @@ _ROLLOUT = {
     ],
     "description": "Return the arrays of each token: true also without a schedule.",
 }
-_ERROR = {"content": {packing.JSON: {"schema": {"$ref": f"{_AT}ErrorBody"}}}}
+_ERROR = {"content": {JSON: {"schema": {"$ref": f"{_AT}ErrorBody"}}}}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _ROLLOUTS: Json = {
     "parameters": [
@@ -165,16 +166,16 @@ _ROLLOUTS: Json = {
     ],
     "requestBody": {
         "required": True,
-        "content": {packing.JSON: {"schema": {"$ref": f"{_AT}RolloutRequest"}}},
+        "content": {JSON: {"schema": {"$ref": f"{_AT}RolloutRequest"}}},
     },
     "responses": {
         "200": {
             "description": "as `Accept` says",
             "content": {
-                packing.JSON: {"schema": {"$ref": f"{_AT}Rollouts"}},
-                packing.NDJSON: {"schema": {"$ref": f"{_AT}RolloutGroup"}},
-                packing.SAFETENSORS: _BINARY,
-                packing.FRAMES: _BINARY,
+                JSON: {"schema": {"$ref": f"{_AT}Rollouts"}},
+                NDJSON: {"schema": {"$ref": f"{_AT}RolloutGroup"}},
+                SAFETENSORS: _BINARY,
+                FRAMES: _BINARY,
             },
         },
         "422": {

@@ -1,0 +1,464 @@
+"""The `ead` command. Imports stay inside the commands: SGLang's child processes re-import this."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from ead_client import Client
+
+try:
+    import typer
+except ImportError:  # the bare install is the client library
+    raise SystemExit("the ead command needs: pip install 'ead[server]' or 'ead[trainer]'") from None
+
+app = typer.Typer(
+    help="Exploratory Annealed Decoding: hot early tokens, cool late ones, over HTTP.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+models = typer.Typer(help="Models that need no hub.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=True,
+)
+def serve(
+    context: typer.Context,
+    annealing: Annotated[
+        str | None,
+        typer.Option(envvar="EAD_ANNEALING", help="JSON: schedule of requests that name none."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="EAD_API_KEY", help="Asked of every call but health.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(envvar="EAD_API_KEY_FILE", help="A file that holds it.")
+    ] = None,
+    admin_api_key: Annotated[
+        str | None,
+        typer.Option(envvar="EAD_ADMIN_API_KEY", help="For weights, schedule, step, aborts."),
+    ] = None,
+    admin_api_key_file: Annotated[
+        Path | None, typer.Option(envvar="EAD_ADMIN_API_KEY_FILE", help="A file that holds it.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A site whose pages may call this server, https://HOST; *: all."),
+    ] = None,
+    weights_root: Annotated[
+        Path | None,
+        typer.Option(envvar="EAD_WEIGHTS_ROOT", help="Folder that weights may be loaded from."),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Of one request.")] = 32 << 20,
+    max_answers: Annotated[int, typer.Option(help="Prompts times n of one request.")] = 4096,
+    max_n: Annotated[int, typer.Option(help="Answers to one prompt.")] = 128,
+    drain_seconds: Annotated[
+        float, typer.Option(help="For answers in progress when the server is told to end.")
+    ] = 30.0,
+    log_format: Annotated[
+        str, typer.Option(envvar="EAD_LOG_FORMAT", help="One line per request: text, json or off.")
+    ] = "text",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start again when the server dies.")
+    ] = False,
+) -> None:
+    """Start the extended SGLang server. Every SGLang flag is passed on.
+
+    Without --model-path it serves SmolLM2-135M-Instruct; without a GPU it runs on the CPU.
+    What changes the server (weights, schedule, step, aborts) is closed without an admin key.
+
+    Example: ead serve --model-path smollm2 --annealing '{"preset": "paper"}' --port 30000
+
+    SGLang's flags: python -m sglang.launch_server --help
+    """
+    from pydantic import ValidationError
+
+    from ead_server.launch import serve
+    from ead_server.settings import Settings
+
+    if restart:
+        from ead_server.launch.process import keep_alive
+
+        command = [a for a in sys.argv[1:] if a != "--restart"]
+        raise SystemExit(keep_alive([sys.executable, "-m", "ead_cli.main", *command]))
+    try:
+        settings = Settings.model_validate(
+            {
+                "api_key": _key(api_key, api_key_file),
+                "admin_api_key": _key(admin_api_key, admin_api_key_file),
+                "cors_origins": tuple(cors_origin or ()),
+                "weights_root": weights_root,
+                "max_body_bytes": max_body_bytes,
+                "max_answers": max_answers,
+                "max_n": max_n,
+                "drain_seconds": drain_seconds,
+                "log_format": log_format,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        flag = str(first["loc"][0]).replace("_", "-").replace("origins", "origin")
+        raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
+    with _said_plainly():
+        serve.serve(context.args, settings, annealing)
+
+
+def _key(value: str | None, file: Path | None) -> str | None:
+    from ead_server.settings import read_key
+
+    try:
+        return read_key(value, file)
+    except OSError as error:
+        raise SystemExit(f"ead: cannot read {file}: {error.strerror}") from None
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="GRPO steps.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the picture and logs.")] = Path("runs/demo"),
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 0,
+) -> None:
+    """Serve, chat, train a few GRPO steps and draw what happened. Stops what it started.
+
+    Example: ead demo --steps 1
+    """
+    from ead_cli.demo import run
+
+    with _said_plainly():
+        run(steps=steps, out=out, port=port)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(help="A TOML file, and settings such as optimizer.learning_rate=1e-5."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="For everything that the run leaves.")] = Path(
+        "runs/train"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
+    ] = False,
+) -> None:
+    """Train a policy by GRPO on annealed rollouts. Starts a server if `server.url` names none.
+
+    Several GPUs: torchrun --nproc-per-node 8 -m ead_cli.main train config.toml
+
+    Example: ead train examples/products.toml steps=2 --folder runs/products
+    """
+    from ead_cli import train
+
+    with _said_plainly():
+        train.run(config or [], folder, resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(help="A TOML file, and settings such as evaluation.problems=200."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="For a server's log.")] = Path("runs/eval"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure pass@k, worst@k, maj@k and the mean reward on held-out problems.
+
+    The settings are those of `ead train`; the section `evaluation` says how many problems and
+    answers, and how they are decoded.
+
+    Example: ead eval examples/products.toml evaluation.problems=16 --json
+    """
+    from ead_cli import train
+
+    with _said_plainly():
+        train.run_evaluation(config or [], folder, as_json=as_json)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Of a run.")] = Path("runs/train"),
+) -> None:
+    """Draw a run's curves again and say where they are.
+
+    Example: ead plot runs/products
+    """
+    from trainer_bridge.run.report import draw_curves
+
+    with _said_plainly():
+        print(draw_curves(folder))
+
+
+Url = Annotated[str, typer.Option(envvar="EAD_URL", help="Of the server.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="EAD_API_KEY", help="If the server asks.")]
+LOCAL = "http://127.0.0.1:30000"
+Scheduled = Annotated[
+    str | None,
+    typer.Option("--annealing", help="Schedule: JSON, a preset, or a kind; none: temperature 1."),
+]
+
+
+@app.command()
+def schedule(
+    schedules: Annotated[
+        list[str] | None,
+        typer.Argument(help="JSON, a preset (recipe, paper) or a kind (cosine, ...); several."),
+    ] = None,
+    step: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Training step; several. None: the schedule's own, or 0."),
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens.")] = 512,
+    entropy: Annotated[
+        float, typer.Option(min=0, max=20, help="Nats, for schedules that look at it.")
+    ] = 1.0,
+    table: Annotated[bool, typer.Option("--table", help="Numbers in place of a plot.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A .png or .svg file.")] = None,
+) -> None:
+    """Show temperatures by token, of one schedule or of several to compare.
+
+    Example: ead schedule paper cosine --step 0 --step 400 --length 1024
+    """
+    from ead_cli import schedule
+
+    if out is not None and out.suffix not in (".png", ".svg"):
+        raise SystemExit(f"ead: --out: must end in .png or .svg, got {out}")
+    with _said_plainly():
+        found = schedule.curves(schedules or ["recipe"], step or [], length, entropy)
+        schedule.show(found, as_table=table, as_json=as_json, out=out)
+
+
+@app.command()
+def chat(
+    question: Annotated[str | None, typer.Argument(help="None: type as many as you like.")] = None,
+    annealing: Scheduled = "paper",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    by: Annotated[str, typer.Option(help="Colour: temperature, entropy or surprise.")] = (
+        "temperature"
+    ),
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+) -> None:
+    """Chat with a server; every token comes in the colour of its temperature.
+
+    Example: ead chat "Why is the sea salty?" --annealing paper --by entropy
+    """
+    from ead_cli.chat import COLUMNS
+    from ead_cli.chat import chat as talk
+
+    if by not in COLUMNS:
+        raise SystemExit(f"ead: --by: must be one of {', '.join(COLUMNS)}, got {by!r}")
+    with _said_plainly(), _client(url, api_key) as client:
+        asked = _schedule(annealing)
+        talk(client, question, annealing=asked, system=system, max_tokens=max_tokens, by=by)
+
+
+@app.command()
+def rollout(
+    prompts: Annotated[Path, typer.Argument(help="Lines of text (.txt), or of JSON (.jsonl).")],
+    out: Annotated[
+        Path, typer.Option(help="A .jsonl file, or a folder for safetensors files.")
+    ] = Path("rollouts.jsonl"),
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Answers to each prompt; default 1.")
+    ] = None,
+    annealing: Scheduled = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; default 512.")
+    ] = None,
+    sampling: Annotated[
+        str, typer.Option(help='JSON of SGLang\'s sampling parameters, as {"top_p": 0.9}.')
+    ] = "{}",
+    entropies: Annotated[bool, typer.Option("--entropies", help="Of every token too.")] = False,
+    per_call: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts in one request; default 64, or as few as fit in it."),
+    ] = None,
+    url: Annotated[
+        list[str] | None, typer.Option(envvar="EAD_URL", help="Of the server, or of several.")
+    ] = None,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Counts as JSON on stdout.")] = False,
+) -> None:
+    """Have a file of prompts answered. The same call again goes on where it was stopped.
+
+    Example: ead rollout prompts.txt -n 8 --annealing paper --out answers.jsonl
+    """
+    import json
+
+    from ead_cli.rollout import Asked, collect
+    from ead_cli.rollout_prompts import read_prompts
+
+    with _said_plainly(), _client(url or LOCAL, api_key) as client:
+        params = _sampling(sampling, {"n": n, "max_new_tokens": max_new_tokens})
+        answers = params.pop("n", 1)
+        asked = Asked(answers, _schedule(annealing), entropies, {"max_new_tokens": 512, **params})
+        counts = collect(client, prompts, read_prompts(prompts), asked, out, per_call=per_call)
+    if as_json:
+        print(json.dumps({**counts, "out": str(out)}))
+    else:
+        print(f"{counts['prompts'] - counts['failed']} of {counts['prompts']} prompts in {out}")
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _sampling(text: str, options: dict[str, int | None]) -> dict[str, Any]:
+    """The sampling parameters as they are typed, with the options that are some of them."""
+    import json
+
+    try:
+        params = json.loads(text)
+    except ValueError as error:
+        raise SystemExit(f"ead: --sampling: is not valid JSON ({error})") from None
+    if not isinstance(params, dict):
+        raise SystemExit(f"ead: --sampling: must be an object, got {text}")
+    for name in ("prompts", "annealing", "entropies", "texts", "idempotency_key"):
+        if name in params:
+            raise SystemExit(f"ead: --sampling: {name} is no sampling parameter")
+    for name, value in options.items():
+        given = params.get(name, value)
+        if name in params and (type(given) is not int or given < 1):
+            raise SystemExit(f"ead: --sampling: {name} must be an integer from 1 on, got {given!r}")
+        if value is not None and given != value:
+            flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+            raise SystemExit(f"ead: --sampling: {name} is {given}, and {flag} is {value}")
+        if given is not None:
+            params[name] = given
+    return params
+
+
+@app.command()
+def bench(
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers at once.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Beside one to warm up.")] = 5,
+    url: Url = LOCAL,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure what annealing costs on a server that runs.
+
+    Example: ead bench --batch 4 --tokens 8 --rounds 1 --json
+    """
+    from ead_cli.bench import bench as measure
+
+    with _said_plainly(), _client(url, api_key) as client:
+        measure(client, batch=batch, tokens=tokens, rounds=rounds, as_json=as_json)
+
+
+def _client(url: str | list[str], api_key: str | None) -> Client:
+    from ead_client import Client
+
+    try:
+        return Client(url, api_key=api_key)
+    except ValueError as error:
+        raise SystemExit(f"ead: --url: {error}") from None
+
+
+def _schedule(text: str | None) -> dict[str, Any] | None:
+    from ead_cli.schedule import parsed
+
+    return None if text is None else parsed(text)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Say what is installed, check it against SGLang, and sample a little. Status 1 if wrong.
+
+    Example: ead doctor --json
+    """
+    from ead_cli.doctor import examine, report
+
+    if not report(examine(), as_json=as_json):
+        raise typer.Exit(1)
+
+
+@models.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="Only smollm2 is embedded.")] = "smollm2",
+) -> None:
+    """Fetch and convert a model once; later calls return at once.
+
+    Example: ead models pull smollm2
+    """
+    from ead_server.launch import models as library
+
+    with _said_plainly():
+        print(library.pull(name))
+
+
+@models.command("list")
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Say which models are embedded, and where those are that were fetched.
+
+    Example: ead models list --json
+    """
+    import json
+
+    from ead_server.launch import models as library
+
+    found = {name: library.pulled(name) for name in library.SOURCES}
+    if as_json:
+        print(json.dumps({name: path and str(path) for name, path in found.items()}))
+        return
+    for name, path in found.items():
+        print(f"{name}  {path or 'not fetched yet: ead models pull ' + name}")
+
+
+@contextmanager
+def _said_plainly() -> Iterator[None]:
+    """What a user can act on is a sentence on stderr and exit status 1, not a stack trace."""
+    from ead_client import EadError
+    from ead_server.errors import ServerFailed
+    from ead_server.launch.models import ModelPullError
+    from trainer_bridge.errors import BridgeError
+
+    try:
+        yield
+    except (ModelPullError, ServerFailed, EadError, BridgeError, OSError) as error:
+        print(f"ead: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+# what the extras bring of which a command of another extra may ask
+_OF_EXTRAS = frozenset(
+    (
+        "sglang",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "gguf",
+        "reasoning_gym",
+        "math_verify",
+    )
+)
+
+
+def main() -> None:
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_EXTRAS:  # another fault, with its trace
+            raise
+        raise SystemExit(
+            f"ead: {error.name} is not installed, and this command needs it: pip install "
+            "'ead[server]' to serve on this machine, 'ead[trainer]' to train or to draw schedules"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

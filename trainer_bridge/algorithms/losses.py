@@ -1,0 +1,302 @@
+"""The loss of every trained token, and the weights that make one number of them.
+
+Legend: A = answers of a batch, N = trained tokens, packed answer after answer. pi = policy now
+(`logprobs`, with gradient), pi_old = policy at the rollout's weights (`old_logprobs`), r_t =
+pi(y_t) / pi_old(y_t), A_t = advantage of a token. That mu, which sampled the tokens, is not pi_old
+is corrected by `trainer_bridge.algorithms.corrections`. An update is
+
+    per_token, clipped = policy_loss(...)
+    per_token = correction_weights(...) * (per_token + regularisation(...))
+    loss = (aggregation_weights(...) * per_token).sum() + selective_entropy_loss(...)
+
+Advantages are given per token, so that a method of token credit is one multiplication of them. All
+weights and selections are computed once for the whole batch and then sliced, so that gradients
+accumulated over micro-batches are those of the whole, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from trainer_bridge.settings import Settings
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+KlEstimator = Literal["k1", "k2", "k3"]
+
+# (clip_low, clip_high, aggregation). CISPO's paper has no lower bound and gives no upper one: 5 is
+# what TRL recommends, after ScaleRL (arXiv 2510.13786).
+_Defaults = tuple[float, float, Aggregation]
+_DAPO: _Defaults = (0.2, 0.28, "token-mean")
+_OF_KIND: dict[str, _Defaults] = {
+    "cispo": (1.0, 4.0, "token-mean"),
+    "gspo": (3e-4, 4e-4, "seq-mean-token-mean"),
+}
+
+
+class LossConfig(Settings):
+    """Settings of this module's functions."""
+
+    kind: Literal["clip", "cispo", "gspo", "clip_cov", "kl_cov"] = "clip"
+    clip_low: float = Field(
+        default_factory=lambda data: _OF_KIND.get(data["kind"], _DAPO)[0],
+        ge=0,
+        le=1,
+        description="bounds ratios below by 1 - clip_low; 1: not at all. Default 0.2; gspo 3e-4; "
+        "cispo 1; kl_cov has no bounds",
+    )
+    clip_high: float = Field(
+        default_factory=lambda data: _OF_KIND.get(data["kind"], _DAPO)[1],
+        ge=0,
+        description="bounds ratios above by 1 + clip_high. Default 0.28; gspo 4e-4; cispo 4",
+    )
+    dual_clip: float = Field(
+        3.0, ge=0, description="clip: bound (> 1) on ratios where the advantage is < 0; 0: none"
+    )
+    aggregation: Aggregation = Field(
+        default_factory=lambda data: _OF_KIND.get(data["kind"], _DAPO)[2],
+        description="default token-mean; gspo seq-mean-token-mean",
+    )
+    covariance_share: float = Field(
+        2e-4, gt=0, le=1, description="clip_cov, kl_cov: share of the batch's tokens selected"
+    )
+    covariance_low: float = Field(1.0, description="clip_cov: selects among covariances above")
+    covariance_high: float = Field(5.0, description="clip_cov: and below")
+    kl_cov_coefficient: float = Field(1.0, ge=0, description="kl_cov: penalty of selected tokens")
+    kl_coefficient: float = Field(0.0, ge=0, description="of KL(pi || reference); 0: no reference")
+    kl_estimator: KlEstimator = "k2"
+    kl_in: Literal["loss", "reward"] = Field("loss", description="k1 only in the reward")
+    entropy_coefficient: float = Field(0.0, description="of the entropy bonus")
+    selective_entropy_coefficient: float = Field(
+        0.0, ge=0, description="SIREN: of (mean peak entropy - anchor)^2 (paper 0.005); 0: off"
+    )
+    selective_entropy_quantile: float = Field(
+        0.8, ge=0, lt=1, description="SIREN: peaks are the tokens of at least this quantile"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kl_coefficient and (self.kl_in, self.kl_estimator) == ("loss", "k1"):
+            raise ValueError(
+                "the gradient of k1 in the loss does not depend on the reference: "
+                "use k2, or kl_in='reward'"
+            )
+        if 0 < self.dual_clip <= 1:
+            raise ValueError("dual_clip must be above 1, or 0 for none")
+        if self.covariance_low > self.covariance_high:
+            raise ValueError("covariance_low must not be above covariance_high")
+        return self
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    sequence_ids: Tensor,
+    config: LossConfig,
+    *,
+    selected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each token, and whether clipping touched it: float [N], bool [N].
+
+    With b(r) = min(max(r, 1 - clip_low), 1 + clip_high) and sg = no gradient through:
+    clip      -min(r A, b(r) A) (PPO, arXiv 1707.06347; unequal bounds: DAPO, 2503.14476), and for
+              A < 0 at most -dual_clip * A (arXiv 1912.09729)
+    cispo     -sg(b(r)) A log pi (arXiv 2506.13585): no token loses its gradient
+    gspo      -min(s A, b(s) A), s = sg(s_a) pi / sg(pi), with s_a = exp(mean of log r over the
+              answer): s has the value of s_a, and each token its own advantage (GSPO-token,
+              arXiv 2507.18071). With equal advantages within an answer and seq-mean-token-mean,
+              value and gradient are those of the mean over answers of -min(s_a A, b(s_a) A)
+    clip_cov  -min(r A, b(r) A), and 0 for the selected tokens (arXiv 2505.22617)
+    kl_cov    -r A, plus kl_cov_coefficient * |log r| for the selected tokens, where the same
+              paper writes KL(pi_old || pi): this is its authors' code
+
+    `clipped` is where the loss's gradient is 0 because of a bound or a selection; for cispo, where
+    a bound holds, and the gradient is that of the bounded weight.
+
+    logprobs: float [N], with gradient. old_logprobs, advantages: float [N], taken as constants.
+    sequence_ids: int [N], which answer a token belongs to: for gspo every answer must be whole.
+    selected: bool [N] from `covariance_tokens`; clip_cov and kl_cov raise ValueError without it.
+    """
+    if selected is None:
+        if config.kind in ("clip_cov", "kl_cov"):
+            raise ValueError(f"{config.kind} needs selected=covariance_tokens(...)")
+        selected = torch.zeros_like(logprobs, dtype=torch.bool)
+    advantages = advantages.detach()
+    log_ratio = logprobs - old_logprobs.detach()
+    if config.kind == "gspo":
+        _, answers, lengths = sequence_ids.unique(return_inverse=True, return_counts=True)
+        sums = log_ratio.detach().new_zeros(len(lengths)).index_add(0, answers, log_ratio.detach())
+        log_ratio = (sums / lengths)[answers] + logprobs - logprobs.detach()
+    ratio = log_ratio.clamp(-20.0, 20.0).exp()  # e^20 is far beyond any bound, and finite
+    if config.kind == "kl_cov":
+        penalty = config.kl_cov_coefficient * log_ratio.abs() * selected
+        return penalty - ratio * advantages, torch.zeros_like(selected)
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if config.kind == "cispo":
+        return -bounded.detach() * advantages * logprobs, bounded != ratio
+    loss = torch.maximum(-ratio * advantages, -bounded * advantages)
+    clipped = bounded * advantages < ratio * advantages
+    if config.kind == "clip" and config.dual_clip:
+        highest = -config.dual_clip * advantages
+        above = (advantages < 0) & (loss > highest)
+        loss, clipped = torch.where(above, highest, loss), clipped | above
+    if config.kind == "clip_cov":
+        loss, clipped = loss * ~selected, clipped | selected
+    return loss, clipped
+
+
+def covariance_tokens(
+    logprobs: Tensor,
+    advantages: Tensor,
+    config: LossConfig,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The tokens that Clip-Cov or KL-Cov treats apart (arXiv 2505.22617): bool [N].
+
+    cov_t = (log pi(y_t) - mean) (A_t - mean), means over the tokens given, is what a token
+    contributes to the fall of the entropy. kl_cov selects the covariance_share * N tokens of
+    highest cov, clip_cov as many at random among those with covariance_low < cov < covariance_high
+    (fewer if there are fewer); at least one. All False for other kinds.
+
+    Give the whole batch, with old_logprobs: a choice per micro-batch, as verl's, selects at least
+    one token in each. logprobs, advantages: float [N]. generator: on the CPU, for clip_cov.
+    """
+    selected = torch.zeros_like(logprobs, dtype=torch.bool)
+    if config.kind not in ("clip_cov", "kl_cov") or len(logprobs) == 0:
+        return selected
+    logprobs, advantages = logprobs.detach(), advantages.detach()
+    covariances = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+    count = max(int(config.covariance_share * len(covariances)), 1)
+    if config.kind == "kl_cov":
+        selected[covariances.topk(count).indices] = True
+    else:
+        inside = (covariances > config.covariance_low) & (covariances < config.covariance_high)
+        candidates = inside.nonzero().squeeze(1)
+        order = torch.randperm(len(candidates), generator=generator)[:count]
+        selected[candidates[order.to(candidates.device)]] = True
+    return selected
+
+
+def aggregation_weights(
+    sequence_ids: Tensor, how: Aggregation, *, max_tokens: int | None = None
+) -> Tensor:
+    """Weights with which the sum over tokens is the aggregate: float32 [N].
+
+    token-mean               1 / N                 every token alike (DAPO, arXiv 2503.14476)
+    seq-mean-token-mean      1 / (A * length)      every answer alike (GRPO, arXiv 2402.03300)
+    seq-mean-token-sum-norm  1 / (A * max_tokens)  no bias for length (Dr. GRPO, arXiv 2503.20783)
+
+    sequence_ids: int [N] of the whole batch, all micro-batches and ranks; A counts the answers
+    there. Where gradients are averaged over ranks, multiply the loss by their number. max_tokens:
+    a constant of the run, such as the longest answer allowed; seq-mean-token-sum-norm raises
+    ValueError without it.
+    """
+    _, answers, lengths = sequence_ids.unique(return_inverse=True, return_counts=True)
+    match how:
+        case "token-mean":
+            divisors = torch.full_like(answers, len(answers))
+        case "seq-mean-token-mean":
+            divisors = len(lengths) * lengths[answers]
+        case "seq-mean-token-sum-norm":
+            if max_tokens is None:
+                raise ValueError("seq-mean-token-sum-norm needs max_tokens")
+            divisors = torch.full_like(answers, len(lengths) * max_tokens)
+    return 1.0 / divisors.float()
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KlEstimator) -> Tensor:
+    """An estimate of KL(pi || reference) from each token sampled from pi: float [N], nats.
+
+    With d = log pi(y_t) - log reference(y_t) (Schulman 2020, joschu.net/blog/kl-approx.html):
+    k1 = d                 unbiased
+    k2 = d^2 / 2           biased, small where the policies are close
+    k3 = exp(-d) - 1 + d   unbiased, never negative, low variance where they are close
+
+    The expected gradient, over tokens from pi (tokens from mu need their correction weights), is
+    in the loss: for k2 that of KL(pi || reference), for k3 that of KL(reference || pi), for k1 0,
+    and in no single token does k1's depend on the reference;
+    in the reward, detached and times the gradient of log pi: for k1 that of KL(pi || reference),
+    for k2 and k3 that of neither direction.
+    """
+    difference = logprobs - reference_logprobs.detach()
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return difference.square() / 2
+    # beyond 20 nats the tangent: finite, and still with a slope towards the reference
+    beyond = (-difference - 20.0).clamp(min=0.0)
+    return (-difference).clamp(max=20.0).exp() + math.exp(20.0) * beyond - 1 + difference
+
+
+def kl_penalties(
+    logprobs: Tensor, reference_logprobs: Tensor, sequence_ids: Tensor, config: LossConfig
+) -> Tensor:
+    """What to subtract from each answer's reward with kl_in="reward": float [A], detached.
+
+    kl_coefficient times the sum of `kl_estimate` over the answer's tokens. sequence_ids: int [N],
+    0, 1, ..., A - 1, each present.
+    """
+    estimate = kl_estimate(logprobs.detach(), reference_logprobs, config.kl_estimator)
+    count = int(sequence_ids.max()) + 1
+    return config.kl_coefficient * estimate.new_zeros(count).index_add(0, sequence_ids, estimate)
+
+
+def regularisation(
+    logprobs: Tensor,
+    entropies: Tensor,
+    config: LossConfig,
+    reference_logprobs: Tensor | None = None,
+) -> Tensor:
+    """What a token's loss gains beside the policy's: float [N].
+
+    kl_coefficient * kl_estimate (with kl_in="loss") - entropy_coefficient * entropy of pi.
+    logprobs, entropies: float [N], with gradient; nats. reference_logprobs: float [N]; ValueError
+    where it is needed and absent.
+    """
+    result = -config.entropy_coefficient * entropies
+    if config.kl_coefficient and config.kl_in == "loss":
+        if reference_logprobs is None:
+            raise ValueError("kl_coefficient needs the reference's log-probabilities")
+        kl = kl_estimate(logprobs, reference_logprobs, config.kl_estimator)
+        return config.kl_coefficient * kl + result
+    return result
+
+
+def peak_entropy(entropies: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Mean entropy of the peaks, and the entropy from which a token is one: two scalars, detached.
+
+    Peaks are the tokens whose entropy is at least the quantile. entropies: float [N], nats. The
+    mean at the first step of a run is SIREN's anchor.
+    """
+    entropies = entropies.detach()
+    # the sample at or above the quantile; torch.quantile refuses more than 16 million tokens
+    threshold = entropies.kthvalue(math.ceil(quantile * (len(entropies) - 1)) + 1).values
+    return entropies[entropies >= threshold].mean(), threshold
+
+
+def selective_entropy_loss(
+    entropies: Tensor, anchor: float, config: LossConfig, *, batch: Tensor | None = None
+) -> Tensor:
+    """SIREN's regulariser (arXiv 2509.25133): a scalar to be added to the loss.
+
+        selective_entropy_coefficient * (mean of `peak_entropy` - anchor)^2
+
+    SIREN takes the entropy within the 0.8 nucleus of each distribution; here it is whatever is
+    given, and `trainer_bridge.algorithms.logprobs` gives that of the whole vocabulary.
+
+    batch: the entropies of the whole batch under pi_old, when `entropies` are of a micro-batch.
+    Threshold, mean and number of peaks are then the batch's, and values and gradients of the
+    micro-batches add up to the batch's, exactly while pi is pi_old. None: `entropies` are all.
+    """
+    batch = entropies if batch is None else batch
+    mean, threshold = peak_entropy(batch, config.selective_entropy_quantile)
+    peaks = entropies[entropies >= threshold]
+    # the square's tangent: the value of one micro-batch's share of it, with its gradient
+    tangent = (mean - anchor) ** 2 + 2 * (mean - anchor) * (peaks - peaks.detach())
+    return config.selective_entropy_coefficient * tangent.sum() / (batch >= threshold).sum()
