@@ -48,17 +48,18 @@ test: check .venv/clients/.ready ## format, lint and types, then all tests, most
 test-fast: venv ## the tests that need no server: minutes
 	@$(BIN)/python -m pytest -m "not server"
 
-check: venv ## format, lint, types
+check: venv ## format, lint, types, and which package imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: venv ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 fuzz: venv ## more than 10,000 requests that nobody would send; SEED=1, 2, ... are others
-	@EAD_FUZZ_SCALE=4 EAD_FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/test_fuzz.py
+	@EAD_FUZZ_SCALE=4 EAD_FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/server/test_fuzz.py
 
 soak: venv ## 10 minutes of all kinds of requests, then every way of dying: about an hour
 	@$(BIN)/python -m benchmarks.soak

@@ -1,7 +1,7 @@
 """One process of a server is killed, stopped or told to end: what its clients see, what is left.
 
 A case is a process, a signal and a state of the server; each has a fresh server on a tiny model.
-Used by benchmarks/soak.py for all of them, and by tests/test_dying.py for a few.
+Used by benchmarks/soak.py for all of them, and by tests/server/test_dying.py for a few.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Case:
             WORKER: ("updating", "joining"),
             CONTROLLER: ("joining",),
             KEPT: ("draining",),
+            KEEPER: ("draining",),  # without it the server finishes and ends, as it was told to
         }
         if self.number in TO_END:
             return self.process in (MAIN, KEEPER) and self.state != "draining"

@@ -45,7 +45,7 @@ from trainer_bridge.run.report import read_metrics
 TESTS = Path(__file__).parent.parent / "tests"
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "65536", "--random-seed", "7")
 SETTINGS = (
-    "task.kind=toys:Letters",
+    "task.kind=helpers.toys:Letters",
     "model.lora={rank=4}",
     "loss.kl_coefficient=0.05",
     "correction.kind=tis",

@@ -35,8 +35,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ead_sampler import bad_numbers, device, parse_annealing
-from ead_sampler.rows import AnnealedRows, RowRequest
+from ead_sampler import device, parse_annealing
+from ead_sampler.in_scheduler import bad_numbers
+from ead_sampler.in_scheduler.rows import AnnealedRows, RowRequest
 from ead_sampler.selftest import sampling_info, standalone_sampler
 
 PLAIN = "plain"
@@ -101,7 +102,7 @@ class Steps:
     def _step(self, mode: str) -> Callable[[], Any]:
         from sglang.srt.layers.sampler import Sampler
 
-        from ead_sampler import sampling
+        from ead_sampler.in_scheduler import sampling
 
         info = sampling_info(*self.logits.shape, self.on)
         output = SimpleNamespace(next_token_logits=self.scratch, auxiliary_device_output=None)

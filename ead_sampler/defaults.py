@@ -14,7 +14,7 @@ import os
 from functools import lru_cache
 from typing import Any
 
-from ead_sampler.schedule import AnnealingError, check_all_steps
+from ead_sampler.schedules import AnnealingError, check_all_steps
 
 DEFAULT_ANNEALING = "EAD_ANNEALING"  # environment: JSON of a schedule
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ead_sampler import sampling
-from ead_sampler.rows import AnnealedRows, RowRequest
-from ead_sampler.schedule import parse_annealing
+from ead_sampler.in_scheduler import sampling
+from ead_sampler.in_scheduler.rows import AnnealedRows, RowRequest
+from ead_sampler.schedules import parse_annealing
 
 DRAWS = 10_000  # per temperature
 FALSE_ALARMS = 1e-9  # probability that a right sampler is called wrong

@@ -11,7 +11,8 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from tiny import make_tiny_model
+from helpers.reference import TINY_FLAGS, Reference
+from helpers.tiny import make_tiny_model
 
 from ead_client import Client
 from ead_sampler import device
@@ -23,13 +24,6 @@ device.choose()  # before anything imports transformers, see ead_sampler/device.
 # No deadline: these machines are shared. In CI the same examples every time; new ones elsewhere.
 hypothesis.settings.register_profile("ead", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("ead")
-
-# float32, so that a Hugging Face forward of the same weights agrees to many digits; an attention
-# in plain torch also on a GPU, where the fast ones take neither float32 nor heads as small
-TINY_FLAGS = (
-    *("--dtype", "float32", "--attention-backend", "torch_native"),
-    *("--max-total-tokens", "65536", "--random-seed", "7"),
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,22 +76,6 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(server: ServerProcess) -> Iterator[Client]:
     with Client(server.url, admin_api_key=server.admin_api_key, timeout=120) as client:
         yield client
-
-
-class Reference:
-    """An independent forward pass: Hugging Face, float32 weights, float64 arithmetic after it."""
-
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-
-    @torch.no_grad()
-    def logits(self, prompt_ids: Any, answer_ids: Any) -> torch.Tensor:
-        """The logits that each answer token was sampled from: float64 [T, V]."""
-        ids = torch.tensor([[*prompt_ids, *answer_ids]])
-        return self.model(ids).logits[0, len(prompt_ids) - 1 : -1].double()
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,9 @@ def noticed(mutation: Mutation, copy: Path) -> str | None:
         return f"the line stands {whole.count(mutation.old)} times in {mutation.file}"
     file.write_text(whole.replace(mutation.old, mutation.new))
     try:
-        path = os.pathsep.join(str(copy / part) for part in ("", "server", "client", "tests"))
+        path = os.pathsep.join(
+            str(copy / part) for part in ("", "server", "client", "cli", "tests")
+        )
         environ = {**os.environ, "PYTHONPATH": path, "CI": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         arguments = re.findall(r'"([^"]+)"|(\S+)', mutation.tests)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ead_sampler import cpu_kernels, device
 from ead_sampler.defaults import default_annealing
-from ead_sampler.schedule import AnnealingError
+from ead_sampler.schedules import AnnealingError
 
 
 class Finding(NamedTuple):
@@ -41,7 +41,7 @@ def examine() -> list[Finding]:
         findings.append(Finding("default schedule", False, str(error)))
         return findings
 
-    from ead_sampler import plugin
+    from ead_server import plugin
 
     problems = plugin.check_sglang()
     supported = f"sglang {plugin.SUPPORTED_SGLANG}"

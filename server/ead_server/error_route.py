@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from ead_sampler.schedule import AnnealingError, shown
+from ead_sampler.schedules import AnnealingError, shown
 from ead_server.calls import note_refused
 from ead_server.errors import BadField, LimitExceeded, RequestRefused, body_of, place_of
 

@@ -8,7 +8,7 @@
     └── WeightsRefused              400 to 503: an update of the weights that did not happen
     ServerFailed (RuntimeError)     a server that could not be started, or ended
 
-A schedule that cannot be used is a `ead_sampler.schedule.AnnealingError`, and a 400.
+A schedule that cannot be used is a `ead_sampler.AnnealingError`, and a 400.
 """
 
 from __future__ import annotations

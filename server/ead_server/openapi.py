@@ -13,8 +13,7 @@ from typing import Any, Literal, NotRequired
 from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import TypedDict
 
-from ead_sampler.kinds import Segment
-from ead_sampler.schedule import DEFAULT_SCHEDULE, REGISTRY
+from ead_sampler.schedules import DEFAULT_SCHEDULE, REGISTRY, Segment
 from ead_server import settings
 from ead_server.edge.keys import ADMIN_ROUTES, OPEN
 from ead_server.media_types import FRAMES, JSON, NDJSON, SAFETENSORS

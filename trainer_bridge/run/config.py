@@ -11,8 +11,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from ead_sampler.requests import check_sampling
-from ead_sampler.schedule import AnnealingError, check_all_steps
+from ead_sampler.schedules import AnnealingError, check_all_steps, check_sampling
 from trainer_bridge.algorithms.advantages import AdvantageConfig
 from trainer_bridge.algorithms.corrections import CorrectionConfig
 from trainer_bridge.algorithms.losses import LossConfig

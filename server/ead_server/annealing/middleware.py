@@ -13,16 +13,15 @@ from typing import Any
 import orjson
 
 from ead_sampler.defaults import default_annealing
-from ead_sampler.requests import (
-    ANNEALING,
-    ROLLOUT,
-    check_cost,
+from ead_sampler.in_tokenizer.cost import check_cost
+from ead_sampler.in_tokenizer.fields import (
     into_custom_params,
     observe_items,
     wants_arrays,
     with_default,
 )
-from ead_sampler.schedule import AnnealingError
+from ead_sampler.names import ANNEALING, ROLLOUT
+from ead_sampler.schedules import AnnealingError
 from ead_server.annealing.recorder import Recorder
 from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
 from ead_server.calls import note_refused

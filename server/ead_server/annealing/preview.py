@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 
 import torch
 
-from ead_sampler.schedule import Annealing
+from ead_sampler.schedules import Annealing
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 320, 44  # pixels
 _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66509e", "#30638e", "#5c946e")

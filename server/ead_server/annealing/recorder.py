@@ -1,7 +1,7 @@
 """From what the engine delivers to the `rollout` objects of an answer.
 
 A Recorder belongs to one HTTP request. It sees every item of TokenizerManager.generate_request
-(`ead_sampler.requests`) before SGLang turns that item into the bytes of an answer, so at any
+(`ead_sampler.in_tokenizer`) before SGLang turns that item into the bytes of an answer, so at any
 moment of a stream it knows exactly the tokens that the answer has reached.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, MARKERS
+from ead_sampler.names import ANNEALING, COLUMNS, ENTROPIES, MARKERS
 
 Json = dict[str, Any]
 

@@ -11,9 +11,9 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
 from ead_sampler.defaults import default_annealing, set_default_annealing, shared_defaults
-from ead_sampler.kinds import PRESETS
-from ead_sampler.requests import ANNEALING, check_server_mode
-from ead_sampler.schedule import MAX_STEP, REGISTRY, AnnealingError, parse_annealing
+from ead_sampler.in_tokenizer.server_mode import check_server_mode
+from ead_sampler.names import ANNEALING
+from ead_sampler.schedules import MAX_STEP, PRESETS, REGISTRY, AnnealingError, parse_annealing
 from ead_server.annealing import preview
 from ead_server.edge.fail_fast import FewKeys
 from ead_server.edge.keys import PAGE

@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticUseDefault, SchemaValidator, ValidationError
 
-from ead_sampler.schedule import with_integers
+from ead_sampler.schedules import with_integers
 from ead_server.asgi import all_routes
 
 MAX_ENTRIES = 10_000  # of a dict whose values have a type

@@ -88,7 +88,7 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-# --- hooks of the scheduler process, see ead_sampler.plugin ---------------------------------------
+# --- hooks of the scheduler process, see ead_server.hooks ---------------------------------------
 
 _LEFT = "ead_seconds_left"  # attribute of a grammar
 _TROUBLE = "ead_trouble"  # another: why its request ends, or absent

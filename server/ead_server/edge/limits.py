@@ -15,8 +15,9 @@ from typing import Any
 import regex
 from fastapi import HTTPException
 
-from ead_sampler.requests import ANNEALING, COLUMNS, ROLLOUT, answers_of
-from ead_sampler.schedule import AnnealingError, shown
+from ead_sampler.in_tokenizer.answers import answers_of
+from ead_sampler.names import ANNEALING, COLUMNS, ROLLOUT
+from ead_sampler.schedules import AnnealingError, shown
 from ead_server import metrics
 from ead_server.calls import Call, current_call
 from ead_server.edge import grammars, stop_regex
@@ -40,7 +41,7 @@ _REFUSED = {
 def generate_request(
     original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
 ) -> AsyncIterator[Any]:
-    """AROUND TokenizerManager.generate_request, outside `ead_sampler.requests.generate_request`.
+    """AROUND TokenizerManager.generate_request, outside the sampler's own.
 
     Raises LimitExceeded, which every route answers as a 400.
     """

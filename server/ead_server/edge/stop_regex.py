@@ -19,7 +19,7 @@ from typing import Any
 
 import regex
 
-from ead_sampler.requests import CONTINUED
+from ead_sampler.names import CONTINUED
 
 MAX_SECONDS = 0.02  # for all expressions of a request, after one token
 MAX_TAIL = 1024  # tokens at the answer's end that are looked through, and so of a match

@@ -10,7 +10,7 @@ from typing import Any
 
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING, default_annealing
-from ead_sampler.requests import unsupported_mode
+from ead_sampler.in_tokenizer.server_mode import unsupported_mode
 from ead_server.calls import log_to_stderr
 from ead_server.edge.headers import is_loopback
 from ead_server.launch import flags
@@ -20,7 +20,7 @@ from ead_server.settings import Settings, current
 
 DEFAULT_MODEL = "smollm2"
 
-# Metrics, and one line per request: ours, see guard.py
+# Metrics, and one line per request: ours, see edge/guard.py
 _FLAGS = (("--enable-metrics",), ("--log-level-http", "warning"))
 
 # Where torch_native and pytorch are the backends that work; a user's own flag wins.
@@ -56,7 +56,7 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
 
     load_plugins()
 
-    from ead_sampler import plugin
+    from ead_server import plugin
 
     missing = plugin.hooks_not_in_place()
     if missing:
@@ -126,7 +126,7 @@ def _say(line: str) -> None:
     print(f"ead: {line}", file=sys.stderr, flush=True)
 
 
-# --- hooks, see ead_sampler.plugin ----------------------------------------------------------------
+# --- hooks, see ead_server.hooks ----------------------------------------------------------------
 
 
 def add_api_key_middleware(original: Callable[..., None], *args: Any, **keys: Any) -> None:

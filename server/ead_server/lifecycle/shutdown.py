@@ -194,7 +194,7 @@ def _sglang_ends(manager: Any | None) -> bool:
     return began and not isinstance(manager, TokenizerWorker)
 
 
-# --- hooks, see ead_sampler.plugin ----------------------------------------------------------------
+# --- hooks, see ead_server.hooks ----------------------------------------------------------------
 
 
 def sigterm(result: None, handler: Any, *received: Any) -> None:

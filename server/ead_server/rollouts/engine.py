@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import SchemaValidator, ValidationError
 
-from ead_sampler.requests import check_generates
+from ead_sampler.in_tokenizer.server_mode import check_generates
 from ead_server.edge.bodies import check_text, max_text
 from ead_server.edge.fail_fast import validator_of
 from ead_server.errors import BadField, LimitExceeded, as_openai_error, place_of

@@ -16,18 +16,11 @@ import numpy as np
 from fastapi import HTTPException
 
 from ead_sampler.defaults import with_step
-from ead_sampler.requests import (
-    ANNEALING,
-    COLUMNS,
-    CONTINUED,
-    ENTROPIES,
-    ROLLOUT,
-    SEED,
-    check_sampling,
-    check_server_mode,
-    with_default,
-)
-from ead_sampler.schedule import parse_annealing
+from ead_sampler.in_tokenizer.answer_seeds import SEED
+from ead_sampler.in_tokenizer.fields import with_default
+from ead_sampler.in_tokenizer.server_mode import check_server_mode
+from ead_sampler.names import ANNEALING, COLUMNS, CONTINUED, ENTROPIES, ROLLOUT
+from ead_sampler.schedules import check_sampling, parse_annealing
 from ead_server.annealing.recorder import said_of
 from ead_server.edge.limits import check_range, check_token_ids, check_types
 from ead_server.errors import BadField, openai_error

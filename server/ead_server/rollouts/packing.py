@@ -31,7 +31,7 @@ import orjson
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ead_sampler.requests import ANNEALING, COLUMNS, ENTROPIES, SAMPLING
+from ead_sampler.names import ANNEALING, COLUMNS, ENTROPIES, SAMPLING
 from ead_server.rollouts.job import Group, Job
 
 Json = dict[str, Any]

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ead_sampler.bad_numbers import is_finite
+from ead_sampler.in_scheduler.bad_numbers import is_finite
 from ead_server.errors import WeightsRefused
 from ead_server.weights.folders import not_finite
 from ead_server.weights.manifest import Manifest, Spec

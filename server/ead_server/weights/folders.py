@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ead_sampler.bad_numbers import is_finite
+from ead_sampler.in_scheduler.bad_numbers import is_finite
 from ead_server.errors import WeightsRefused
 from ead_server.weights.manifest import Spec, files_of, tensors_in
 

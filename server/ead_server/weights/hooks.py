@@ -1,5 +1,5 @@
 """SGLang's own ways to change weights, pause and flush, made as safe as ours: see the hooks in
-`ead_sampler.plugin`."""
+`ead_server.plugin`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ Version = Annotated[str, Field(min_length=1, max_length=200)]
 
 log = logging.getLogger(__name__)
 router = APIRouter(route_class=OpenAIErrorsRoute, tags=["weights"])
-_admin = auth_level(AuthLevel.ADMIN_OPTIONAL)  # as SGLang's own: see guard.py
+_admin = auth_level(AuthLevel.ADMIN_OPTIONAL)  # as SGLang's own: see edge/guard.py
 _running: set[asyncio.Task[Any]] = set()
 
 

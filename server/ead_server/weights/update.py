@@ -1,7 +1,7 @@
 """New weights into the engine while it serves, whole or not at all.
 
 However they come, it is one transaction: check everything (names, shapes and dtypes by
-`weight_files`, every number by `weight_folders`); pause; flush the cache; load; set the version;
+`manifest`, every number by `folders`); pause; flush the cache; load; set the version;
 continue. What goes wrong before the load leaves the old weights
 serving. What goes wrong in it leaves the engine paused, and `Weights.broken` says why, until a
 whole update has come: half-new weights are never sampled from.
@@ -9,7 +9,7 @@ whole update has come: half-new weights are never sampled from.
 Tensors over HTTP wait in files until the last of them is there. A trainer that dies while it sends
 leaves no trace, and generation pauses for a load from disk only. A broadcast goes straight into the
 engine, which is paused meanwhile, so a trainer that dies in it leaves it paused; its numbers are
-checked bucket by bucket, each before it is loaded (`ead_sampler.bad_numbers`).
+checked bucket by bucket, each before it is loaded (`ead_sampler.in_scheduler.bad_numbers`).
 """
 
 from __future__ import annotations
@@ -364,7 +364,7 @@ class Weights:
             end = EndWeightUpdateReqInput()
             if whole:
                 await manager.end_weight_update(end)
-            else:  # not that: it counts as a step of training, see ead_sampler.plugin
+            else:  # not that: it counts as a step of training, see ead_server.hooks
                 await manager._weight_update_session_call(
                     manager.end_weight_update_communicator, end
                 )

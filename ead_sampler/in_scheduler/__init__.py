@@ -1,0 +1,1 @@
+"""What runs in SGLang's scheduler process: rows of schedules, and each step of the sampler."""

@@ -1,0 +1,1 @@
+"""What runs in SGLang's tokenizer process: requests before the scheduler, answers after it."""
