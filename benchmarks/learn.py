@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from ead_cli.train import WaitedFor, server_for
+from ead_cli.train import RemoteServer, server_for
 from ead_server.launch import models
 from trainer_bridge.run.config import TrainConfig, read_config
 from trainer_bridge.run.evaluate import Evaluation, evaluate
@@ -31,7 +31,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "products.toml"
 KINDS = {"EAD": (), "temperature 1": ("rollout.annealing={schedule='constant'}",)}
 
 
-def held_out(server: WaitedFor, config: TrainConfig) -> Evaluation:
+def held_out(server: RemoteServer, config: TrainConfig) -> Evaluation:
     task = config.task.build()
     with RewardRunner(task.reward, config.reward) as rewards:
         return evaluate(server.client, task, rewards, config.evaluation)

@@ -62,7 +62,7 @@ def measure(dtype: str, options: argparse.Namespace, console: Console) -> Iterat
                 publishers = {}
                 for way in WAYS:
                     fields = {"folder": folder, "bucket_bytes": options.bucket_bytes}
-                    fields["way"] = "tensors" if way == "adapters" else way
+                    fields["transport"] = "tensors" if way == "adapters" else way
                     config = SyncConfig.model_validate(fields)
                     publishers[way] = weight_publisher(client, config)
                 for round_ in track(range(options.rounds + 1), dtype, console=console):

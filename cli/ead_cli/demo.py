@@ -138,7 +138,7 @@ def _train(console: Console, server: ServerProcess, model: Path, steps: int, out
     """What `ead train` does, on a verifiable task; one line of figures per step."""
     from transformers.utils import logging
 
-    from ead_cli.train import WaitedFor
+    from ead_cli.train import RemoteServer
     from ead_client import Client
     from trainer_bridge import TrainConfig
     from trainer_bridge.run.loop import train
@@ -170,7 +170,7 @@ def _train(console: Console, server: ServerProcess, model: Path, steps: int, out
     )
     client = Client(server.url, api_key=server.api_key, admin_api_key=server.admin_api_key)
     with client, Display(console, config.steps) as display:
-        train(config, out / "train", WaitedFor(client, 60.0), display)
+        train(config, out / "train", RemoteServer(client, 60.0), display)
 
 
 def _draw(rollouts: Sequence[dict[str, Any]], path: Path) -> None:

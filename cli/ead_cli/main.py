@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:
-    from ead_client import Client
+    pass
 
 try:
     import typer
 except ImportError:  # the bare install is the client library
     raise SystemExit("the ead command needs: pip install 'ead[server]' or 'ead[trainer]'") from None
+
+from ead_cli.options import (
+    LOCAL,
+    ApiKey,
+    Scheduled,
+    Url,
+    client_of,
+    errors_as_messages,
+    read_key,
+    sampling_params,
+    schedule_of,
+)
 
 app = typer.Typer(
     help="Exploratory Annealed Decoding: hot early tokens, cool late ones, over HTTP.",
@@ -91,8 +101,8 @@ def serve(
     try:
         settings = Settings.model_validate(
             {
-                "api_key": _key(api_key, api_key_file),
-                "admin_api_key": _key(admin_api_key, admin_api_key_file),
+                "api_key": read_key(api_key, api_key_file),
+                "admin_api_key": read_key(admin_api_key, admin_api_key_file),
                 "cors_origins": tuple(cors_origin or ()),
                 "weights_root": weights_root,
                 "max_body_bytes": max_body_bytes,
@@ -106,17 +116,8 @@ def serve(
         first = error.errors(include_input=False)[0]
         flag = str(first["loc"][0]).replace("_", "-").replace("origins", "origin")
         raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
-    with _said_plainly():
+    with errors_as_messages():
         serve.serve(context.args, settings, annealing)
-
-
-def _key(value: str | None, file: Path | None) -> str | None:
-    from ead_server.settings import read_key
-
-    try:
-        return read_key(value, file)
-    except OSError as error:
-        raise SystemExit(f"ead: cannot read {file}: {error.strerror}") from None
 
 
 @app.command()
@@ -131,7 +132,7 @@ def demo(
     """
     from ead_cli.demo import run
 
-    with _said_plainly():
+    with errors_as_messages():
         run(steps=steps, out=out, port=port)
 
 
@@ -156,7 +157,7 @@ def train(
     """
     from ead_cli import train
 
-    with _said_plainly():
+    with errors_as_messages():
         train.run(config or [], folder, resume=resume)
 
 
@@ -178,7 +179,7 @@ def evaluate(
     """
     from ead_cli import train
 
-    with _said_plainly():
+    with errors_as_messages():
         train.run_evaluation(config or [], folder, as_json=as_json)
 
 
@@ -192,17 +193,8 @@ def plot(
     """
     from trainer_bridge.run.report import draw_curves
 
-    with _said_plainly():
+    with errors_as_messages():
         print(draw_curves(folder))
-
-
-Url = Annotated[str, typer.Option(envvar="EAD_URL", help="Of the server.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="EAD_API_KEY", help="If the server asks.")]
-LOCAL = "http://127.0.0.1:30000"
-Scheduled = Annotated[
-    str | None,
-    typer.Option("--annealing", help="Schedule: JSON, a preset, or a kind; none: temperature 1."),
-]
 
 
 @app.command()
@@ -231,7 +223,7 @@ def schedule(
 
     if out is not None and out.suffix not in (".png", ".svg"):
         raise SystemExit(f"ead: --out: must end in .png or .svg, got {out}")
-    with _said_plainly():
+    with errors_as_messages():
         found = schedule.curves(schedules or ["recipe"], step or [], length, entropy)
         schedule.show(found, as_table=table, as_json=as_json, out=out)
 
@@ -257,8 +249,8 @@ def chat(
 
     if by not in COLUMNS:
         raise SystemExit(f"ead: --by: must be one of {', '.join(COLUMNS)}, got {by!r}")
-    with _said_plainly(), _client(url, api_key) as client:
-        asked = _schedule(annealing)
+    with errors_as_messages(), client_of(url, api_key) as client:
+        asked = schedule_of(annealing)
         talk(client, question, annealing=asked, system=system, max_tokens=max_tokens, by=by)
 
 
@@ -298,10 +290,10 @@ def rollout(
     from ead_cli.rollout import Asked, collect
     from ead_cli.rollout_prompts import read_prompts
 
-    with _said_plainly(), _client(url or LOCAL, api_key) as client:
-        params = _sampling(sampling, {"n": n, "max_new_tokens": max_new_tokens})
+    with errors_as_messages(), client_of(url or LOCAL, api_key) as client:
+        params = sampling_params(sampling, {"n": n, "max_new_tokens": max_new_tokens})
         answers = params.pop("n", 1)
-        asked = Asked(answers, _schedule(annealing), entropies, {"max_new_tokens": 512, **params})
+        asked = Asked(answers, schedule_of(annealing), entropies, {"max_new_tokens": 512, **params})
         counts = collect(client, prompts, read_prompts(prompts), asked, out, per_call=per_call)
     if as_json:
         print(json.dumps({**counts, "out": str(out)}))
@@ -309,31 +301,6 @@ def rollout(
         print(f"{counts['prompts'] - counts['failed']} of {counts['prompts']} prompts in {out}")
     if counts["failed"]:
         raise typer.Exit(1)
-
-
-def _sampling(text: str, options: dict[str, int | None]) -> dict[str, Any]:
-    """The sampling parameters as they are typed, with the options that are some of them."""
-    import json
-
-    try:
-        params = json.loads(text)
-    except ValueError as error:
-        raise SystemExit(f"ead: --sampling: is not valid JSON ({error})") from None
-    if not isinstance(params, dict):
-        raise SystemExit(f"ead: --sampling: must be an object, got {text}")
-    for name in ("prompts", "annealing", "entropies", "texts", "idempotency_key"):
-        if name in params:
-            raise SystemExit(f"ead: --sampling: {name} is no sampling parameter")
-    for name, value in options.items():
-        given = params.get(name, value)
-        if name in params and (type(given) is not int or given < 1):
-            raise SystemExit(f"ead: --sampling: {name} must be an integer from 1 on, got {given!r}")
-        if value is not None and given != value:
-            flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
-            raise SystemExit(f"ead: --sampling: {name} is {given}, and {flag} is {value}")
-        if given is not None:
-            params[name] = given
-    return params
 
 
 @app.command()
@@ -351,23 +318,8 @@ def bench(
     """
     from ead_cli.bench import bench as measure
 
-    with _said_plainly(), _client(url, api_key) as client:
+    with errors_as_messages(), client_of(url, api_key) as client:
         measure(client, batch=batch, tokens=tokens, rounds=rounds, as_json=as_json)
-
-
-def _client(url: str | list[str], api_key: str | None) -> Client:
-    from ead_client import Client
-
-    try:
-        return Client(url, api_key=api_key)
-    except ValueError as error:
-        raise SystemExit(f"ead: --url: {error}") from None
-
-
-def _schedule(text: str | None) -> dict[str, Any] | None:
-    from ead_cli.schedule import parsed
-
-    return None if text is None else parsed(text)
 
 
 @app.command()
@@ -394,7 +346,7 @@ def pull(
     """
     from ead_server.launch import models as library
 
-    with _said_plainly():
+    with errors_as_messages():
         print(library.pull(name))
 
 
@@ -416,21 +368,6 @@ def list_models(
         return
     for name, path in found.items():
         print(f"{name}  {path or 'not fetched yet: ead models pull ' + name}")
-
-
-@contextmanager
-def _said_plainly() -> Iterator[None]:
-    """What a user can act on is a sentence on stderr and exit status 1, not a stack trace."""
-    from ead_client import EadError
-    from ead_server.errors import ServerFailed
-    from ead_server.launch.models import ModelPullError
-    from trainer_bridge.errors import BridgeError
-
-    try:
-        yield
-    except (ModelPullError, ServerFailed, EadError, BridgeError, OSError) as error:
-        print(f"ead: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 # what the extras bring of which a command of another extra may ask

@@ -34,17 +34,17 @@ from trainer_bridge.tasks.reward_runner import RewardRunner
 _COMMAND = (sys.executable, "-m", "ead_cli.main", "serve", "--restart")
 
 
-class WaitedFor:
+class RemoteServer:
     """A server that somebody keeps alive (trainer_bridge.run.loop.Server)."""
 
-    def __init__(self, client: Client, patience_s: float) -> None:
+    def __init__(self, client: Client, timeout_s: float) -> None:
         self.client = client
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
 
     def wait_until_ready(self) -> None:
         """Return when it takes requests, or would if it had whole weights. Raises
         ConnectionFailed when that is not so in time."""
-        deadline = time.monotonic() + self.patience_s
+        deadline = time.monotonic() + self.timeout_s
         with Client(self.client.base_url, timeout=5.0, retries=0) as client:
             while True:
                 try:
@@ -56,7 +56,7 @@ class WaitedFor:
                         return
                     if time.monotonic() > deadline:
                         raise ConnectionFailed(
-                            f"{client.base_url} was not ready in {self.patience_s:.0f} s: {error}"
+                            f"{client.base_url} was not ready in {self.timeout_s:.0f} s: {error}"
                         ) from error
                 time.sleep(0.5)
 
@@ -64,7 +64,7 @@ class WaitedFor:
 @contextmanager
 def server_for(
     config: ServerConfig, model: str, folder: Path, say: Callable[[str], None]
-) -> Iterator[WaitedFor]:
+) -> Iterator[RemoteServer]:
     """The server at `config.url`, or one that serves `model` and is stopped at the end.
 
     say: told what is waited for. Raises ServerFailed when a server of our own does not start.
@@ -76,7 +76,7 @@ def server_for(
             admin_api_key=_key("EAD_ADMIN_API_KEY"),
             timeout=_timeout(config),
         ) as client:
-            server = WaitedFor(client, config.patience_s)
+            server = RemoteServer(client, config.timeout_s)
             server.wait_until_ready()
             yield server
         return
@@ -88,14 +88,14 @@ def server_for(
     environ = {DEFAULT_ANNEALING: ""}
     with ServerProcess(arguments, log, command=_COMMAND, environ=environ) as process:
         say(f"starting a server, log in {log}")
-        process.wait_until_ready(config.patience_s)
+        process.wait_until_ready(config.timeout_s)
         with Client(
             process.url,
             api_key=process.api_key,
             admin_api_key=process.admin_api_key,
             timeout=_timeout(config),
         ) as client:
-            yield WaitedFor(client, config.patience_s)
+            yield RemoteServer(client, config.timeout_s)
 
 
 def _timeout(config: ServerConfig) -> httpx.Timeout:

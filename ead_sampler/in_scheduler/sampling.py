@@ -20,7 +20,7 @@ from torch import Tensor
 from ead_sampler.in_scheduler.bad_numbers import bad_rows
 from ead_sampler.in_scheduler.rows import NO_PLACE, STATE_SIZE, AnnealedRows, Place, RowRequest
 from ead_sampler.in_tokenizer.answers import TOP_K_ALL
-from ead_sampler.in_tokenizer.fields import asked, sent_schedule, wants_arrays
+from ead_sampler.in_tokenizer.fields import is_requested, sent_schedule, wants_arrays
 from ead_sampler.in_tokenizer.server_mode import SAMPLING_BACKENDS, honours_seeds
 from ead_sampler.names import COLUMNS, ENTROPIES, ROLLOUT
 from ead_sampler.schedules import AnnealingError, parse_annealing
@@ -116,7 +116,7 @@ def _asked_of(req: Any) -> RowRequest | None:
 
 def _row_request(req: Any) -> RowRequest | None:
     custom = req.sampling_params.custom_params
-    if not asked(custom):
+    if not is_requested(custom):
         return None
     rollout = custom.get(ROLLOUT)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from ead_sampler.defaults import default_annealing
 from ead_sampler.in_tokenizer.server_mode import check_server_mode
 from ead_sampler.names import ANNEALING, ROLLOUT
-from ead_sampler.schedules import AnnealingError, check_sampling, parse_annealing, shown
+from ead_sampler.schedules import AnnealingError, check_sampling, parse_annealing, short_repr
 
 # Called with the choice index and every item that TokenizerManager.generate_request yields for the
 # current HTTP request; set by the HTTP layer, which has no other way to see items behind the OpenAI
@@ -26,7 +26,7 @@ observe_items: ContextVar[Callable[[int, dict[str, Any]], None] | None] = Contex
 )
 
 
-def asked(custom_params: Any) -> bool:
+def is_requested(custom_params: Any) -> bool:
     """Whether SGLang's custom_params ask for annealing or a rollout; null and false do not."""
     if not isinstance(custom_params, dict):
         return False
@@ -37,7 +37,7 @@ def asked(custom_params: Any) -> bool:
 
 def wants_arrays(custom_params: Any) -> bool:
     """Whether an answer carries the arrays: if something is asked and rollout is not false."""
-    return asked(custom_params) and custom_params.get(ROLLOUT) is not False
+    return is_requested(custom_params) and custom_params.get(ROLLOUT) is not False
 
 
 def check_rollout(raw: object) -> bool | dict[str, bool]:
@@ -50,7 +50,7 @@ def check_rollout(raw: object) -> bool | dict[str, bool]:
         if isinstance(raw.get("entropies", False), bool):
             return dict(raw)
         raise AnnealingError(
-            "rollout.entropies", f"must be a boolean, got {shown(raw['entropies'])}"
+            "rollout.entropies", f"must be a boolean, got {short_repr(raw['entropies'])}"
         )
     raise AnnealingError(ROLLOUT, 'must be a boolean or {"entropies": true}')
 
@@ -63,7 +63,7 @@ def sent_schedule(custom_params: Mapping[str, Any]) -> Any:
     try:
         return json.loads(raw)
     except (json.JSONDecodeError, RecursionError):
-        raise AnnealingError(ANNEALING, f"must be an object, got {shown(raw)}") from None
+        raise AnnealingError(ANNEALING, f"must be an object, got {short_repr(raw)}") from None
 
 
 def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
@@ -80,11 +80,11 @@ def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
         moved[ANNEALING] = parse_annealing(moved[ANNEALING]).model_dump()
         params["temperature"] = 1.0  # or a model's generation_config would set another
     check_rollout(moved.get(ROLLOUT))
-    if asked(moved):
+    if is_requested(moved):
         check_server_mode(moved)
     custom = params.get("custom_params") or {}
     if not isinstance(custom, dict):
-        raise AnnealingError("custom_params", f"must be an object, got {shown(custom)}")
+        raise AnnealingError("custom_params", f"must be an object, got {short_repr(custom)}")
     params["custom_params"] = {**custom, **moved}
     return params
 

@@ -12,9 +12,9 @@ from ead_sampler.in_tokenizer.answer_seeds import SEED, seed_each_answer
 from ead_sampler.in_tokenizer.answers import answers_of, markers_of
 from ead_sampler.in_tokenizer.cost import check_cost
 from ead_sampler.in_tokenizer.fields import (
-    asked,
     check_rollout,
     into_custom_params,
+    is_requested,
     observe_items,
     sent_schedule,
     wants_arrays,
@@ -38,7 +38,7 @@ def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
     schedule travels as one string: SGLang's messages have no place for lists in lists.
     """
     custom = params.custom_params
-    if asked(custom):
+    if is_requested(custom):
         check_rollout(custom.get(ROLLOUT))
         if custom.get(ANNEALING) is not None:
             schedule = parse_annealing(sent_schedule(custom))
@@ -92,7 +92,7 @@ def generate_request(
         obj.sampling_params = each if isinstance(params, list) else each[0]
     seed = SEED if manager.server_args.enable_deterministic_inference else None
     each = seed_each_answer(obj, seed) or each
-    if not any(asked(p.get("custom_params")) for p in each):
+    if not any(is_requested(p.get("custom_params")) for p in each):
         return original(manager, obj, request)
     if observe_items.get() is not None:
         obj.return_prompt_token_ids = True
@@ -104,7 +104,7 @@ async def _marked(
 ) -> AsyncIterator[Any]:
     """The same items, their meta_info saying which schedule and which cuts were applied."""
     markers = [
-        (markers_of(p, manager) if asked(custom) else {}, wants_arrays(custom))
+        (markers_of(p, manager) if is_requested(custom) else {}, wants_arrays(custom))
         for p in each
         for custom in [p.get("custom_params")]
     ]

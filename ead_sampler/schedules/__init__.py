@@ -17,7 +17,7 @@ from ead_sampler.schedules.base import (
     check_all_steps,
     parse_annealing,
     register,
-    shown,
+    short_repr,
     with_integers,
 )
 from ead_sampler.schedules.by_position import (
@@ -69,7 +69,7 @@ __all__ = [
     "check_sampling",
     "parse_annealing",
     "register",
-    "shown",
+    "short_repr",
     "suggest_schedule",
     "with_integers",
 ]

@@ -222,12 +222,14 @@ def register(kind: type[Kind]) -> type[Kind]:
 def parse_annealing(raw: object) -> Annealing:
     """Check what a client sent. Raises AnnealingError naming the field, the range and the value."""
     if not isinstance(raw, dict):
-        raise AnnealingError("annealing", f"must be an object, got {shown(raw)}")
+        raise AnnealingError("annealing", f"must be an object, got {short_repr(raw)}")
     name = raw.get("schedule", DEFAULT_SCHEDULE)
     kind = REGISTRY.get(name) if isinstance(name, str) else None
     if kind is None:
         allowed = ", ".join(f"'{known}'" for known in REGISTRY)
-        raise AnnealingError("annealing.schedule", f"must be one of {allowed}, got {shown(name)}")
+        raise AnnealingError(
+            "annealing.schedule", f"must be one of {allowed}, got {short_repr(name)}"
+        )
     try:
         return kind.model_validate(raw)
     except AnnealingError:
@@ -281,7 +283,7 @@ def _describe(kind: type[BaseModel], error: Any) -> AnnealingError:
         wanted = "an object"
     else:
         wanted = str(error.get("ctx", {}).get("expected") or _lowered(error["msg"]))
-    return AnnealingError(path, f"must be {wanted}, got {shown(value)}")
+    return AnnealingError(path, f"must be {wanted}, got {short_repr(value)}")
 
 
 def _members(annotation: Any) -> Sequence[Any]:
@@ -298,7 +300,7 @@ def _lowered(sentence: str) -> str:
     return sentence.removeprefix("Input should be ").removeprefix("Value should be ")
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A client's value, short enough for an error message and a log line, however deep it is."""
     return _short.repr(value)
 

@@ -28,7 +28,7 @@ from ead_sampler.schedules.base import (
     Temperature,
     Tokens,
     register,
-    shown,
+    short_repr,
 )
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -240,7 +240,7 @@ class Piecewise(PositionSchedule):
         for index, knot in enumerate(knots):
             path = f"annealing.knots[{index}]"
             if len(knot) != 2:
-                raise AnnealingError(path, f"must be [t, tau], got {shown(knot)}")
+                raise AnnealingError(path, f"must be [t, tau], got {short_repr(knot)}")
             t, tau = knot
             if not before < t <= 1e9 or t < 0:
                 low = "0" if index == 0 else f"above {before:g}"

@@ -13,7 +13,7 @@ from ead_sampler.schedules.base import (
     AnnealingError,
     parse_annealing,
     register,
-    shown,
+    short_repr,
 )
 from ead_sampler.schedules.vocabulary import BETWEEN, MAX_MARKS, tokens_with
 
@@ -80,7 +80,7 @@ class Segment(Annealing):
             if not 1 <= len(string) <= 100:
                 raise AnnealingError(path, f"must have 1 to 100 characters, got {len(string)}")
             if BETWEEN in string:
-                raise AnnealingError(path, f"must have no NUL character, got {shown(string)}")
+                raise AnnealingError(path, f"must have no NUL character, got {short_repr(string)}")
         return strings
 
     @model_validator(mode="after")

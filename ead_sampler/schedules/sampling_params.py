@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ead_sampler.schedules.base import AnnealingError, shown
+from ead_sampler.schedules.base import AnnealingError, short_repr
 
 
 def check_sampling(params: Mapping[str, Any]) -> None:
@@ -14,7 +14,7 @@ def check_sampling(params: Mapping[str, Any]) -> None:
     if temperature is not None and temperature != 1:
         raise AnnealingError(
             "temperature",
-            f"must be absent or 1 together with annealing, got {shown(temperature)}",
+            f"must be absent or 1 together with annealing, got {short_repr(temperature)}",
         )
     if top_k == 1:
         raise AnnealingError("top_k", "must not be 1 (greedy) together with annealing")

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from ead_sampler.schedules.base import AnnealingError, shown
+from ead_sampler.schedules.base import AnnealingError, short_repr
 
 MAX_MARKS = 1024  # token ids that may restart a clock
 BETWEEN = "\0"  # no part of a string that is looked for
@@ -22,7 +22,8 @@ def tokens_with(string: str, tokenizer: Any, path: str) -> frozenset[int]:
         ids = tokenizer.encode(string, add_special_tokens=False)
         raise AnnealingError(
             path,
-            f"no single token of this model contains {shown(string)} (it is {len(ids)}: {ids})",
+            f"no single token of this model contains {short_repr(string)} "
+            f"(it is {len(ids)}: {ids})",
         )
     return found
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from ead_sampler.schedules import AnnealingError, shown
+from ead_sampler.schedules import AnnealingError, short_repr
 from ead_server.calls import note_refused
 from ead_server.errors import BadField, LimitExceeded, RequestRefused, body_of, place_of
 
@@ -75,4 +75,4 @@ def _no_json(error: object) -> RequestRefused:
 def _bad_value(error: Any) -> BadField:
     """Of one of pydantic's errors."""
     field = place_of(error["loc"]) or "body"
-    return BadField(field, f"{error['msg']}, got {shown(error.get('input'))}")
+    return BadField(field, f"{error['msg']}, got {short_repr(error.get('input'))}")

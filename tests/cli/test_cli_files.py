@@ -145,7 +145,7 @@ def test_train_and_eval_send_their_servers_key(
 ) -> None:
     monkeypatch.setenv("EAD_API_KEY", "exported")
     monkeypatch.setattr(train, "_COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
-    monkeypatch.setattr(ServerProcess, "wait_until_ready", lambda self, patience_s: None)
+    monkeypatch.setattr(ServerProcess, "wait_until_ready", lambda self, timeout_s: None)
     config = TrainConfig().server
     with train.server_for(config, "model", tmp_path, lambda line: None) as server:
         assert server.client._http.headers["authorization"] == "Bearer exported"
@@ -165,7 +165,7 @@ def test_eval_of_another_server_fetches_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "resolve", lambda path: pytest.fail("it was fetched"))
-    arguments = ["server.url=http://127.0.0.1:9", "server.patience_s=0.01"]
+    arguments = ["server.url=http://127.0.0.1:9", "server.timeout_s=0.01"]
     result = CliRunner().invoke(app, ["eval", *arguments, "--folder", str(tmp_path / "eval")])
     assert result.exit_code == 1
     assert "http://127.0.0.1:9 was not ready" in result.stderr

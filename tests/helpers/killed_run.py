@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ead_cli.train import WaitedFor
+from ead_cli.train import RemoteServer
 from ead_client import Client
 from trainer_bridge.policy.policy import Policy
 from trainer_bridge.policy.trainer import Trainer
@@ -70,4 +70,4 @@ if __name__ == "__main__":
     config = read_config(arguments)
     client = Client(url, admin_api_key=os.environ["EAD_ADMIN_API_KEY"])
     with Display(Console(), config.steps) as display:
-        train(config, Path(folder), WaitedFor(client, 60), display)
+        train(config, Path(folder), RemoteServer(client, 60), display)

@@ -18,7 +18,13 @@ SMALL_BUCKETS = 100_000  # bytes: about ten buckets of the tiny model's 0.8 MB
 
 def config(way: str, folder: Path, **fields: Any) -> SyncConfig:
     return SyncConfig.model_validate(
-        {"way": way, "folder": folder, "bucket_bytes": SMALL_BUCKETS, "timeout_s": 30, **fields}
+        {
+            "transport": way,
+            "folder": folder,
+            "bucket_bytes": SMALL_BUCKETS,
+            "timeout_s": 30,
+            **fields,
+        }
     )
 
 

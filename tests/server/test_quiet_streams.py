@@ -151,7 +151,7 @@ def test_an_error_within_a_broadcast_is_mended_like_one_of_another_way(
     )
     transport = httpx.MockTransport(served)
     with Client("http://x", admin_api_key="x", transport=transport) as client:
-        publisher = weight_publisher(client, SyncConfig(way="distributed"))
+        publisher = weight_publisher(client, SyncConfig(transport="distributed"))
         with pytest.raises(WeightUpdateFailed, match="still serves version 6") as failed:
             publisher.publish([("w", torch.ones(5))], 7)
     assert type(failed.value.__cause__) is cause

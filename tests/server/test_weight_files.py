@@ -96,7 +96,7 @@ def test_a_broadcast_of_numbers_that_are_none_is_not_loaded(
     says = spoil(tensors)
     name = says.partition(":")[0]
     ordered = sorted(tensors.items(), key=lambda item: (item[0] == name) != first)
-    sync = SyncConfig(way="distributed", bucket_bytes=40_000, timeout_s=30)
+    sync = SyncConfig(transport="distributed", bucket_bytes=40_000, timeout_s=30)
     publisher = weight_publisher(client, sync)
     with pytest.raises(WeightUpdateFailed, match="every number must be finite") as failed:
         publisher.publish(ordered, "bad")

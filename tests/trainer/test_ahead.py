@@ -20,7 +20,7 @@ from trainer_bridge.policy.trainer import ScoredAnswers
 from trainer_bridge.run.checkpoint import Progress
 from trainer_bridge.run.collected import Collected
 from trainer_bridge.run.config import read_config
-from trainer_bridge.run.loop import Leader, Weights
+from trainer_bridge.run.loop import RankZero, Weights
 from trainer_bridge.run.report import Display
 
 PROBLEMS = 10  # of each step
@@ -60,10 +60,10 @@ def record() -> Record:
 
 
 @pytest.fixture
-def leader_of(tmp_path: Path, record: Record) -> Iterator[Callable[..., Leader]]:
-    made: list[Leader] = []
+def leader_of(tmp_path: Path, record: Record) -> Iterator[Callable[..., RankZero]]:
+    made: list[RankZero] = []
 
-    def make(staleness: int, begin: Progress, *more: str) -> Leader:
+    def make(staleness: int, begin: Progress, *more: str) -> RankZero:
         settings = [
             f"rollout.staleness={staleness}",
             "correction.kind=tis",
@@ -72,7 +72,7 @@ def leader_of(tmp_path: Path, record: Record) -> Iterator[Callable[..., Leader]]
         settings += ["steps=6", "reward.workers=1", "report.tensorboard=false", *more]
         server = SimpleNamespace(client=SimpleNamespace(), wait_until_ready=lambda: None)
         display = Display(Console(quiet=True), 6)
-        leader = Leader(read_config(settings), tmp_path, server, None, display, begin)
+        leader = RankZero(read_config(settings), tmp_path, server, None, display, begin)
         leader.collector, leader.publisher = record, record  # type: ignore[assignment]
         record.close = lambda: None  # type: ignore[attr-defined]
         made.append(leader)
@@ -84,7 +84,7 @@ def leader_of(tmp_path: Path, record: Record) -> Iterator[Callable[..., Leader]]
         leader.close()
 
 
-def begun(leader_of: Callable[..., Leader], record: Record, staleness: int = 1) -> Leader:
+def begun(leader_of: Callable[..., RankZero], record: Record, staleness: int = 1) -> RankZero:
     """The leader of a new run. No answer comes before all are asked for that its first weights may
     give."""
     leader = leader_of(staleness, Progress(0, 0, "run"))
@@ -94,7 +94,7 @@ def begun(leader_of: Callable[..., Leader], record: Record, staleness: int = 1) 
 
 
 def test_a_failure_throws_away_nothing_that_was_generated(
-    leader_of: Callable[..., Leader], record: Record
+    leader_of: Callable[..., RankZero], record: Record
 ) -> None:
     """With two steps asked for ahead of the one that fails: neither begins before it is mended."""
     record.fails = [0]
@@ -107,7 +107,7 @@ def test_a_failure_throws_away_nothing_that_was_generated(
 
 
 def test_answers_lost_with_the_server_come_from_the_same_weights_again(
-    leader_of: Callable[..., Leader], record: Record
+    leader_of: Callable[..., RankZero], record: Record
 ) -> None:
     """What `rollout.seeded` waits for before a publication."""
     record.fails = [1]
@@ -126,7 +126,7 @@ def test_answers_lost_with_the_server_come_from_the_same_weights_again(
 
 
 def test_a_failure_that_does_not_pass_does_not_take_the_step_before_it(
-    leader_of: Callable[..., Leader], record: Record
+    leader_of: Callable[..., RankZero], record: Record
 ) -> None:
     """Its update is made, and still to be published and written down."""
     record.error = TooFewRollouts("nothing")
@@ -143,7 +143,7 @@ def test_a_failure_that_does_not_pass_does_not_take_the_step_before_it(
     "change", ["rollout.max_new_tokens=7", "rollout.refills=1", "correction.cap=3"]
 )
 def test_answers_of_other_settings_are_not_kept(
-    change: str, leader_of: Callable[..., Leader], record: Record
+    change: str, leader_of: Callable[..., RankZero], record: Record
 ) -> None:
     record.may_go_on.set()
     leader_of(1, Progress(0, 0, "run")).close()
@@ -156,7 +156,7 @@ def test_answers_of_other_settings_are_not_kept(
 
 
 def test_a_run_goes_on_with_what_older_weights_had_given(
-    leader_of: Callable[..., Leader], record: Record
+    leader_of: Callable[..., RankZero], record: Record
 ) -> None:
     """After step 0 the answers to step 1, of version 0, are kept, which nothing can give again.
     Step 2, of version 1, is asked for after them."""

@@ -18,7 +18,7 @@ def test_a_batch_keeps_every_token_and_number_in_place() -> None:
     assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 3, 4, 5, 6, 7]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     assert batch.targets.tolist() == [8, 9, 4, 5, 6, 7]
-    assert batch.input_ids[batch.predictors].tolist() == [7, 8, 3, 4, 5, 6]
+    assert batch.input_ids[batch.predicting_positions].tolist() == [7, 8, 3, 4, 5, 6]
     assert batch.sequence_ids.tolist() == [0, 0, 1, 1, 1, 1]
     assert batch.temperatures.tolist() == pytest.approx([0.5, 0.6, 1.1, 1.2, 1.3, 1.4])
     assert batch.behaviour_logprobs.tolist() == [-1, -2, 1, 1, 1, 1]
@@ -31,7 +31,7 @@ def test_what_lies_between_the_turns_of_a_conversation_is_not_trained_on() -> No
     batch = RolloutBatch.build([Sample.of(first, second)])
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 50, 51, 6]
     assert batch.targets.tolist() == [3, 4, 6]
-    assert batch.predictors.tolist() == [1, 2, 5]
+    assert batch.predicting_positions.tolist() == [1, 2, 5]
     assert batch.behaviour_logprobs.tolist() == [-3, -4, -6]
     assert batch.sequence_ids.tolist() == [0, 0, 0]
 
@@ -54,9 +54,9 @@ def test_a_group_has_its_prompt_once_and_answers_see_it_and_themselves() -> None
     assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 5, 9, 12]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 2, 3, 0, 1, 2]
     assert batch.targets.tolist() == [7, 8, 9, 10, 11, 12]
-    assert batch.predictors.tolist() == [1, 2, 1, 1, 5, 8]
-    assert batch.attends is not None
-    seen = [row.nonzero().flatten().tolist() for row in batch.attends]
+    assert batch.predicting_positions.tolist() == [1, 2, 1, 1, 5, 8]
+    assert batch.attention_mask is not None
+    seen = [row.nonzero().flatten().tolist() for row in batch.attention_mask]
     assert seen == [
         [0],
         [0, 1],
@@ -85,14 +85,14 @@ def test_parts_cover_a_batch_in_order_within_their_size(
         prompt = prompt if same else [next(number) for _ in range(prompt_length)]
         samples.append(Sample.of(rollout(prompt, [next(number) for _ in range(length)])))
     batch = RolloutBatch.build(samples, share_prompts=share)
-    parts = list(batch.parts(max_tokens))
+    parts = list(batch.micro_batches(max_tokens))
     assert [start for start, _ in parts] == [0, *[stop for _, stop in parts[:-1]]]
     assert parts[-1][1] == len(batch)
-    rows = [batch.rows(*part) for part in parts]
+    rows = [batch.select(*part) for part in parts]
     for (start, stop), row in zip(parts, rows, strict=True):
         assert stop - start == 1 or len(row.input_ids) <= max_tokens
-        own = batch.trained(start, stop)
+        own = batch.token_slice(start, stop)
         assert torch.equal(row.targets, batch.targets[own])
         assert torch.equal(row.sequence_ids + start, batch.sequence_ids[own])
-        before = batch.input_ids[batch.predictors[own]]
-        assert torch.equal(row.input_ids[row.predictors], before)
+        before = batch.input_ids[batch.predicting_positions[own]]
+        assert torch.equal(row.input_ids[row.predicting_positions], before)

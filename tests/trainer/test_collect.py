@@ -20,7 +20,7 @@ from ead_client._types import Choice
 from trainer_bridge.errors import BadConfig, TooFewRollouts
 from trainer_bridge.run.collect import Collected, Collector, RolloutConfig
 from trainer_bridge.run.config import read_config
-from trainer_bridge.run.retries import LONGEST_PAUSE, mended
+from trainer_bridge.run.retries import LONGEST_PAUSE, retried
 from trainer_bridge.run.versions import Versions
 from trainer_bridge.tasks.reward_runner import RewardRunner
 from trainer_bridge.tasks.rewards import RewardConfig
@@ -266,13 +266,13 @@ GONE = ConnectionFailed("gone")
 
 def test_a_long_action_has_a_second_chance(clock: Clock) -> None:
     action = attempts(clock, (3600, GONE), (3600, GONE), (3600, None))
-    assert mended(action, mend=lambda: None, patience_s=600, say=print) == "done"
+    assert retried(action, mend=lambda: None, timeout_s=600, say=print) == "done"
 
 
 def test_mending_may_fail_as_well(clock: Clock) -> None:
     mend = attempts(clock, (1, GONE), (1, GONE), (1, None))
     action = attempts(clock, (1, GONE), (1, None))
-    assert mended(action, mend=mend, patience_s=600, say=print) == "done"  # type: ignore[arg-type]
+    assert retried(action, mend=mend, timeout_s=600, say=print) == "done"  # type: ignore[arg-type]
 
 
 def test_patience_ends_and_pauses_grow(clock: Clock) -> None:
@@ -280,7 +280,7 @@ def test_patience_ends_and_pauses_grow(clock: Clock) -> None:
         raise GONE
 
     with pytest.raises(ConnectionFailed):
-        mended(action, mend=lambda: None, patience_s=600, say=lambda line: None)
+        retried(action, mend=lambda: None, timeout_s=600, say=lambda line: None)
     assert clock.now == pytest.approx(600)
     assert clock.pauses[:4] == pytest.approx([0.1, 0.2, 0.4, 0.8])
     assert max(clock.pauses) == LONGEST_PAUSE
@@ -291,4 +291,4 @@ def test_what_will_not_pass_is_not_tried_again(clock: Clock) -> None:
     error = RequestRefused(400, {"error": {"message": "no"}})
     action = attempts(clock, (1, error), (1, None))
     with pytest.raises(RequestRefused):
-        mended(action, mend=lambda: None, patience_s=600, say=print)
+        retried(action, mend=lambda: None, timeout_s=600, say=print)

@@ -145,7 +145,7 @@ def test_a_full_folder_of_weights_is_a_failed_update(tmp_path: Path) -> None:
 
     transport = httpx.MockTransport(served)
     with Client("http://server", admin_api_key="x", transport=transport) as client:
-        publisher = weight_publisher(client, SyncConfig(way="disk", folder=tmp_path))
+        publisher = weight_publisher(client, SyncConfig(transport="disk", folder=tmp_path))
         with full(1000), pytest.raises(WeightUpdateFailed, match=r"os error 27.*serves version 6"):
             publisher.publish([("w", torch.ones(5000))], 7)
     assert list(tmp_path.iterdir()) == []

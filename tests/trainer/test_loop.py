@@ -26,7 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
 
-from ead_cli.train import WaitedFor
+from ead_cli.train import RemoteServer
 from ead_client import Client
 from ead_server.launch.process import ServerProcess
 from trainer_bridge.errors import BadConfig, StaleRollout, TooFewRollouts
@@ -84,7 +84,7 @@ def go(
     def run(*more: str, folder: Path = tmp_path / "run", resume: bool = False) -> Any:
         config = read_config(settings(tiny_model, *more))
         with Display(Console(stderr=True), config.steps) as display:
-            train(config, folder, WaitedFor(client, 60), display, resume=resume)
+            train(config, folder, RemoteServer(client, 60), display, resume=resume)
         return read_metrics(folder)
 
     run.model = tiny_model  # type: ignore[attr-defined]
@@ -188,7 +188,7 @@ def uninterrupted(
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = read_config(settings(tiny_model))
     with Display(Console(stderr=True), config.steps) as display:
-        train(config, folder, WaitedFor(client, 60), display)
+        train(config, folder, RemoteServer(client, 60), display)
     return folder
 
 
@@ -251,7 +251,7 @@ def test_two_processes_run_as_one_does(
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "ead_cli.main", "train", "--folder", str(folder)]
-    command += settings(tiny_model, f"server.url={server.url}", "sync.way=distributed")
+    command += settings(tiny_model, f"server.url={server.url}", "sync.transport=distributed")
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environ = {
         **os.environ,

@@ -11,7 +11,7 @@ from helpers.toys import Letters
 from helpers.weights import post_sglang
 from rich.console import Console
 
-from ead_cli.train import WaitedFor
+from ead_cli.train import RemoteServer
 from ead_client import Client
 from trainer_bridge.errors import StaleRollout
 from trainer_bridge.run.collect import Collector, RolloutConfig
@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_keeps_its_name_and_another_has_another(
             ]
         )
         with Display(Console(stderr=True), config.steps) as display:
-            train(config, tmp_path / folder, WaitedFor(client, 60), display, resume=resume)
+            train(config, tmp_path / folder, RemoteServer(client, 60), display, resume=resume)
         run_id, step = client.model_info()["weight_version"].split(":")
         assert step == str(steps)
         newest = max((tmp_path / folder / "checkpoints").iterdir())

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,9 +85,10 @@ class RolloutBatch:
     samples: tuple[Sample, ...]  # A of them
     input_ids: Tensor  # int64 [L]
     position_ids: Tensor  # int64 [L], of each token in its sample
-    attends: Tensor | None  # bool [L, L], which tokens (column) each sees; None: no shared prompts
+    prompt_of: Tensor | None  # int64 [L], the same for a prompt and its answers; None: none shared
+    sample_of: Tensor | None  # int64 [L], -1 for a prompt; None likewise
     targets: Tensor  # int64 [N], the trained tokens
-    predictors: Tensor  # int64 [N], index into L of the token before each of them
+    predicting_positions: Tensor  # int64 [N], index into L of the token before each of them
     sequence_ids: Tensor  # int64 [N], sample of each trained token
     temperatures: Tensor  # float32 [N]
     behaviour_logprobs: Tensor  # float32 [N], log mu
@@ -104,7 +106,7 @@ class RolloutBatch:
         if not samples:
             raise ValueError("a batch needs at least one sample")
         shared = _shared_lengths(samples) if share_prompts else [0] * len(samples)
-        ids, positions, predictors, prompt_of, sample_of = [], [], [], [], []
+        ids, positions, predicting_positions, prompt_of, sample_of = [], [], [], [], []
         prompt_start = length = 0
         for number, (sample, prompt_length) in enumerate(zip(samples, shared, strict=True)):
             if prompt_length == 0:  # brings its own prompt
@@ -117,7 +119,7 @@ class RolloutBatch:
             positions.append(at)
             before = np.flatnonzero(sample.trained) - 1
             shift = np.where(before < first, prompt_start, length - first)
-            predictors.append(before + shift)
+            predicting_positions.append(before + shift)
             prompt_of.append(np.full(own, prompt_start))
             # a prompt that others share is nobody's own
             own_prompt = sample.prompt_length if first == 0 else 0
@@ -127,7 +129,7 @@ class RolloutBatch:
             "input_ids": np.concatenate(ids),
             "position_ids": np.concatenate(positions),
             "targets": np.concatenate([sample.token_ids[sample.trained] for sample in samples]),
-            "predictors": np.concatenate(predictors),
+            "predicting_positions": np.concatenate(predicting_positions),
             "sequence_ids": np.repeat(
                 np.arange(len(samples)), [sample.num_trained for sample in samples]
             ),
@@ -136,13 +138,11 @@ class RolloutBatch:
                 for name in ("temperatures", "behaviour_logprobs", "model_logprobs")
             },
         }
-        tensors = {name: _to_device(array, device) for name, array in arrays.items()}
-        attends = None
-        if share_prompts:
-            attends = _attends(
-                *(_to_device(np.concatenate(x), device) for x in (prompt_of, sample_of))
-            )
-        return cls(samples=tuple(samples), attends=attends, **tensors)
+        tensors: dict[str, Any] = {name: _to_device(a, device) for name, a in arrays.items()}
+        for name, lists in (("prompt_of", prompt_of), ("sample_of", sample_of)):
+            joined = np.concatenate(lists) if share_prompts else None
+            tensors[name] = None if joined is None else _to_device(joined, device)
+        return cls(samples=tuple(samples), **tensors)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -152,23 +152,31 @@ class RolloutBatch:
         """N."""
         return len(self.targets)
 
-    def rows(self, start: int, stop: int) -> RolloutBatch:
+    @cached_property
+    def attention_mask(self) -> Tensor | None:
+        """Which tokens (columns) each token sees: bool [L, L]; None where no prompt is shared. Made
+        when it is asked for: of a micro-batch, never of a whole one."""
+        if self.prompt_of is None or self.sample_of is None:
+            return None
+        return _attention_mask(self.prompt_of, self.sample_of)
+
+    def select(self, start: int, stop: int) -> RolloutBatch:
         """The batch of samples start..stop alone."""
         return RolloutBatch.build(
             self.samples[start:stop],
             self.input_ids.device,
-            share_prompts=self.attends is not None,
+            share_prompts=self.prompt_of is not None,
         )
 
-    def trained(self, start: int, stop: int) -> slice:
+    def token_slice(self, start: int, stop: int) -> slice:
         """Where the trained tokens of samples start..stop lie in N."""
         counts = [sample.num_trained for sample in self.samples[:stop]]
         return slice(sum(counts[:start]), sum(counts))
 
-    def parts(self, max_tokens: int) -> Iterator[tuple[int, int]]:
+    def micro_batches(self, max_tokens: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of successive runs of samples of at most `max_tokens` tokens in all; a
         longer sample stands alone."""
-        shared = _shared_lengths(self.samples) if self.attends is not None else [0] * len(self)
+        shared = [0] * len(self) if self.prompt_of is None else _shared_lengths(self.samples)
         start = used = 0
         for index, sample in enumerate(self.samples):
             added = len(sample) - shared[index]
@@ -189,7 +197,7 @@ def _shared_lengths(samples: Sequence[Sample]) -> list[int]:
     return lengths
 
 
-def _attends(prompt_of: Tensor, sample_of: Tensor) -> Tensor:
+def _attention_mask(prompt_of: Tensor, sample_of: Tensor) -> Tensor:
     """Each token sees the prompt and the tokens before it of its own sample: bool [L, L].
 
     prompt_of: int [L], the same for all tokens of a prompt and its answers. sample_of: int [L],

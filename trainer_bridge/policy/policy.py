@@ -97,7 +97,7 @@ class Policy(nn.Module):
         Without a mask of the batch's, position_ids that begin again tell transformers that the
         samples do not see each other.
         """
-        base = self._base
+        base, mask = self._base, batch.attention_mask
         with torch.autocast(
             batch.input_ids.device.type,
             torch.bfloat16,
@@ -106,12 +106,12 @@ class Policy(nn.Module):
             hidden = base.get_decoder()(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
-                attention_mask=None if batch.attends is None else batch.attends[None, None],
+                attention_mask=None if mask is None else mask[None, None],
                 use_cache=False,
             ).last_hidden_state[0]
         head = base.get_output_embeddings()
         return linear_logprobs(
-            hidden[batch.predictors].to(self.compute_dtype),
+            hidden[batch.predicting_positions].to(self.compute_dtype),
             head.weight.to(self.compute_dtype),
             batch.targets,
             temperatures=batch.temperatures if tempered else None,

@@ -133,7 +133,7 @@ class Trainer:
         batch = self.policy.batch(answers.samples)
         rewards = torch.tensor(answers.rewards, dtype=torch.float32)
         group_ids = torch.tensor(answers.group_ids)
-        before = self._look_before(batch)
+        before = self._before_update(batch)
         metrics = {
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
@@ -157,9 +157,9 @@ class Trainer:
         tokens: list[dict[str, Tensor]] = []
         norms: list[float] = []
         for start, stop in _minibatches(answers.group_ids, self.config.minibatches):
-            own = batch.trained(start, stop)
+            own = batch.token_slice(start, stop)
             seen, norm = self._step(
-                batch.rows(start, stop),
+                batch.select(start, stop),
                 advantage[start:stop],
                 _Before(*(x if x is None else x[own] for x in vars(before).values())),
             )
@@ -187,7 +187,7 @@ class Trainer:
         return batch.behaviour_logprobs if self._tempered else batch.model_logprobs
 
     @torch.no_grad()
-    def _look_before(self, batch: RolloutBatch) -> _Before:
+    def _before_update(self, batch: RolloutBatch) -> _Before:
         """Forward passes over the whole batch, as few as the settings need.
 
         None where one step on the batch takes its own log-probabilities for pi_old.
@@ -202,20 +202,20 @@ class Trainer:
         logprobs = self._server_logprobs(batch) if from_server else None
         entropies = reference = None
         if loss.selective_entropy_coefficient or (needs_logprobs and not from_server):
-            columns = self._everywhere(batch, self.policy)
+            columns = self._whole_batch(batch, self.policy)
             entropies = columns["entropies"]
             if not from_server:
                 logprobs = columns[self._column]
         if loss.kl_coefficient:
             with self.policy.without_adapters():
-                reference = self._everywhere(batch, self.reference or self.policy)[self._column]
+                reference = self._whole_batch(batch, self.reference or self.policy)[self._column]
         return _Before(logprobs, entropies, reference)
 
-    def _everywhere(self, batch: RolloutBatch, policy: Policy) -> dict[str, Tensor]:
+    def _whole_batch(self, batch: RolloutBatch, policy: Policy) -> dict[str, Tensor]:
         """TokenLogprobs of the whole batch on every rank, each rank computing its share."""
         seen: list[dict[str, Tensor]] = []
-        for start, stop, counts in _my_parts(batch, self.config.tokens_per_forward):
-            result = policy(batch.rows(start, stop), tempered=self._tempered)
+        for start, stop, counts in _micro_batches_of_rank(batch, self.config.tokens_per_forward):
+            result = policy(batch.select(start, stop), tempered=self._tempered)
             if counts:
                 seen.append({"start": torch.tensor([start]), **result._asdict()})
         return {
@@ -242,8 +242,8 @@ class Trainer:
             quantile = self.loss.selective_entropy_quantile
             self.entropy_anchor = peak_entropy(before.entropies, quantile)[0].item()
         seen: list[dict[str, Tensor]] = []
-        for start, stop, counts in _my_parts(batch, self.config.tokens_per_forward):
-            part, own = batch.rows(start, stop), batch.trained(start, stop)
+        for start, stop, counts in _micro_batches_of_rank(batch, self.config.tokens_per_forward):
+            part, own = batch.select(start, stop), batch.token_slice(start, stop)
             result = self.policy(part, tempered=self._tempered)
             log_pi = getattr(result, self._column)
             old = log_pi.detach() if before.logprobs is None else before.logprobs[own]
@@ -340,13 +340,13 @@ def _minibatches(group_ids: Sequence[int], count: int) -> Iterator[tuple[int, in
     yield from zip(edges, [*edges[1:], len(group_ids)], strict=True)
 
 
-def _my_parts(batch: RolloutBatch, max_tokens: int) -> Iterator[tuple[int, int, bool]]:
+def _micro_batches_of_rank(batch: RolloutBatch, max_tokens: int) -> Iterator[tuple[int, int, bool]]:
     """(start, stop, counts) of the parts that this rank computes.
 
     All ranks compute equally many, since each forward pass gathers the weights from all of them;
     the last part is computed again where there is none left, and does not count.
     """
-    parts = list(batch.parts(max_tokens))
+    parts = list(batch.micro_batches(max_tokens))
     for first in range(0, len(parts), ranks.world_size()):
         mine = first + ranks.rank()
         start, stop = parts[min(mine, len(parts) - 1)]

@@ -38,7 +38,7 @@ class ServerConfig(Settings):
         description="of SGLang, for a server started here, after ours: on a GPU bfloat16 and "
         "0.4 of its memory, the rest being the trainer's; on a CPU float32",
     )
-    patience_s: float = Field(
+    timeout_s: float = Field(
         600.0, gt=0, description="how long a server that went away may take to come back"
     )
     silence_s: float = Field(

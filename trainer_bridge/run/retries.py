@@ -1,4 +1,4 @@
-"""What a server that went away interrupts is done again, for so long as a run is patient."""
+"""What a server that went away interrupts is done again, until a time-out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0  # seconds before an action is tried again
 
 
-def mended(
+def retried(
     action: Callable[[], T],
     *,
     mend: Callable[[], None],
-    patience_s: float,
+    timeout_s: float,
     say: Callable[[str], None],
 ) -> T:
     """The result of `action`; after a failure that may pass, `mend` and then `action` again.
@@ -40,8 +40,8 @@ def mended(
             return action()
         except (EadError, BridgeError) as error:
             now = time.monotonic()
-            if not failed or now - began > patience_s:
-                deadline, pause = now + patience_s, FIRST_PAUSE
+            if not failed or now - began > timeout_s:
+                deadline, pause = now + timeout_s, FIRST_PAUSE
             if not may_pass(error) or now >= deadline:
                 raise
             say(f"{type(error).__name__}: {error}; waiting for the server")

@@ -45,7 +45,7 @@ _CHUNK = 1 << 20  # bytes that httpx is given at a time; it copies what a send l
 class SyncConfig(Settings):
     """How new weights reach the server."""
 
-    way: Literal["tensors", "distributed", "disk"] = "tensors"
+    transport: Literal["tensors", "distributed", "disk"] = "tensors"
     pause: Literal["retract", "abort", "in_place"] = Field(
         default="retract",
         description="What becomes of answers in progress. retract: they go on, and each of their "
@@ -66,11 +66,11 @@ class SyncConfig(Settings):
     @property
     def sends_adapters(self) -> bool:
         """Whether adapters can go alone."""
-        return self.adapters and self.way == "tensors"
+        return self.adapters and self.transport == "tensors"
 
     @model_validator(mode="after")
     def _folder_is_given(self) -> SyncConfig:
-        if self.way == "disk" and self.folder is None:
+        if self.transport == "disk" and self.folder is None:
             raise ValueError("folder: must be given for way 'disk'")
         return self
 
@@ -126,7 +126,9 @@ class WeightPublisher:
         way of tensors can send. Raises WeightUpdateFailed.
         """
         if lora_scale is not None and not self.config.sends_adapters:
-            raise ValueError(f"lora_scale: adapters do not go by way {self.config.way!r}")
+            raise ValueError(
+                f"lora_scale: adapters do not go by transport {self.config.transport!r}"
+            )
         started = time.perf_counter()
         sent: Counter[str] = Counter()
         buckets = self._buckets(tensors, sent, as_they_are=lora_scale is not None)
@@ -308,4 +310,4 @@ class DistributedPublisher(WeightPublisher):
 def weight_publisher(client: Client, config: SyncConfig) -> WeightPublisher:
     """client: with the server's admin key."""
     ways = {"tensors": TensorPublisher, "distributed": DistributedPublisher, "disk": DiskPublisher}
-    return ways[config.way](client, config)
+    return ways[config.transport](client, config)

@@ -52,7 +52,7 @@ class RewardRunner:
         if self._size < 1:
             raise ValueError(f"size must be at least 1, not {self._size}")
         grace_s = _ASYNC_GRACE_S if isinstance(reward, Async) else 0.0
-        self._patience_s = self.config.timeout_s + grace_s
+        self._deadline_s = self.config.timeout_s + grace_s
         self._waiting: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -147,7 +147,7 @@ class RewardRunner:
         try:
             worker.start()
             worker.send([(item.problem, item.answer) for item in items])
-            deadline = time.monotonic() + self._patience_s
+            deadline = time.monotonic() + self._deadline_s
             while left:
                 index, outcome = worker.receive(deadline)
                 yield left.pop(index), outcome
@@ -156,7 +156,7 @@ class RewardRunner:
             worker.end()
             failure = timed_out(self.config.timeout_s)
         except _Died:
-            failure = RewardFailure("crashed", worker.end(patience_s=1.0))
+            failure = RewardFailure("crashed", worker.end(wait_s=1.0))
         except RewardFunctionUnusable as error:
             failure = RewardFailure("crashed", str(error))
         for item in left.values():
@@ -255,7 +255,7 @@ class _Worker:
             raise RewardFunctionUnusable(f"the worker was not ready after {limit}") from None
         except _Died:
             raise RewardFunctionUnusable(
-                f"while loading it, {self.end(patience_s=1.0)}; a worker runs the script that "
+                f"while loading it, {self.end(wait_s=1.0)}; a worker runs the script that "
                 'started it again, except what stands under `if __name__ == "__main__":`'
             ) from None
         if isinstance(said, RewardFailure):
@@ -281,15 +281,15 @@ class _Worker:
             raise _Died from error
         return index, said if isinstance(said, float) else RewardFailure(*said)
 
-    def end(self, patience_s: float = 0.0) -> str:
+    def end(self, wait_s: float = 0.0) -> str:
         """End the worker, if there is one, and what it started. Says how it ended.
 
-        patience_s: to wait first for a worker that is ending by itself.
+        wait_s: to wait first for a worker that is ending by itself.
         """
         if self._process is None:
             return "there was no worker"
         process, self._process = self._process, None
-        process.join(patience_s)
+        process.join(wait_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid or 0, signal.SIGKILL)
         process.kill()

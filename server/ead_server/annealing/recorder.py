@@ -36,7 +36,7 @@ class Answer:
         start, self.handed_out = self.handed_out, self.length
         rest: Json = {name: values[start : self.length] for name, values in self.columns.items()}
         if last:
-            return {**rest, **said_of(self.meta), "prompt_token_ids": self.prompt_token_ids}
+            return {**rest, **answer_facts(self.meta), "prompt_token_ids": self.prompt_token_ids}
         return rest if start else {**rest, ANNEALING: self.meta.get(ANNEALING)}
 
     def enrich_logprobs(self, logprobs: Any) -> None:
@@ -118,7 +118,7 @@ def _has_text(choice: Json) -> bool:
     return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
 
 
-def said_of(meta: Json) -> Json:
+def answer_facts(meta: Json) -> Json:
     """What an answer's meta_info says besides its columns: markers, ending, weight versions."""
     reason = meta.get("finish_reason")
     return {

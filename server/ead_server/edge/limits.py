@@ -17,7 +17,7 @@ from fastapi import HTTPException
 
 from ead_sampler.in_tokenizer.answers import answers_of
 from ead_sampler.names import ANNEALING, COLUMNS, ROLLOUT
-from ead_sampler.schedules import AnnealingError, shown
+from ead_sampler.schedules import AnnealingError, short_repr
 from ead_server import metrics
 from ead_server.calls import Call, current_call
 from ead_server.edge import grammars, stop_regex
@@ -55,7 +55,7 @@ def generate_request(
             check_limits(obj, call.settings)
         for token_ids in _prompts_of_ids(obj.input_ids):
             check_token_ids(token_ids, manager.model_config.vocab_size)
-        return _told(original(manager, obj, request), call)
+        return _counted(original(manager, obj, request), call)
     except (LimitExceeded, AnnealingError) as error:
         call.refused = "limit" if isinstance(error, LimitExceeded) else "schedule"
         call.bad_value = str(error)
@@ -74,7 +74,7 @@ def check_limits(obj: Any, limits: Settings) -> None:
     num_answers = 0
     for param in each:
         if not isinstance(param, dict):
-            raise LimitExceeded("sampling_params", f"must be an object, got {shown(param)}")
+            raise LimitExceeded("sampling_params", f"must be an object, got {short_repr(param)}")
         check_types(param, besides=_NOT_IN_CONTRACT)
         n = param.get("n")
         n = 1 if n is None else n
@@ -163,7 +163,9 @@ def _check_session(params: Any) -> None:
             raise LimitExceeded(f"session_params.{name}", "unknown key")
         if value is not None and type(value) is not _SESSION[name]:
             kind = _SESSION[name].__name__
-            raise LimitExceeded(f"session_params.{name}", f"must be {kind}, got {shown(value)}")
+            raise LimitExceeded(
+                f"session_params.{name}", f"must be {kind}, got {short_repr(value)}"
+            )
     if params.get("replace") and params.get("rid") is None:
         raise LimitExceeded("session_params.replace", "needs the rid of what is replaced")
 
@@ -187,7 +189,9 @@ def check_range(field: str, value: object, low: int, high: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise LimitExceeded(field, f"must be an integer in [{low}, {high}], got {shown(value)}")
+        raise LimitExceeded(
+            field, f"must be an integer in [{low}, {high}], got {short_repr(value)}"
+        )
 
 
 def _check_stops(param: dict[str, Any], max_stop: int) -> None:
@@ -212,10 +216,10 @@ def _check_stops(param: dict[str, Any], max_stop: int) -> None:
             raise LimitExceeded(
                 "stop_regex",
                 "could take too long to match: at most one * or + (bound the others, as in "
-                f"{{1,9}}), and no choices that repeat, got {shown(pattern)}",
+                f"{{1,9}}), and no choices that repeat, got {short_repr(pattern)}",
             )
         if empty:
-            message = f"must not match the empty text, got {shown(pattern)}"
+            message = f"must not match the empty text, got {short_repr(pattern)}"
             raise LimitExceeded("stop_regex", message)
 
 
@@ -281,7 +285,7 @@ def refuse_empty_prompt(manager: Any, obj: Any, input_ids: Any) -> None:
         raise LimitExceeded("prompt", "must have at least one token")
 
 
-async def _told(items: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+async def _counted(items: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
     """The same items; the call is told how many answers and tokens there are."""
     try:
         async with aclosing(items):  # type: ignore[type-var]

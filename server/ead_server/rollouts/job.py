@@ -21,7 +21,7 @@ from ead_sampler.in_tokenizer.fields import with_default
 from ead_sampler.in_tokenizer.server_mode import check_server_mode
 from ead_sampler.names import ANNEALING, COLUMNS, CONTINUED, ENTROPIES, ROLLOUT
 from ead_sampler.schedules import check_sampling, parse_annealing
-from ead_server.annealing.recorder import said_of
+from ead_server.annealing.recorder import answer_facts
 from ead_server.edge.limits import check_range, check_token_ids, check_types
 from ead_server.errors import BadField, openai_error
 from ead_server.rollouts.engine import Engine
@@ -132,7 +132,7 @@ def _columnar(item: Json, params: Json) -> Json:
         answer[name] = np.asarray(meta.get(name) or (), np.float32)
     if any(len(answer[name]) != count for name in ("token_ids", *names)):
         raise RuntimeError("the sampler did not record this answer")
-    return {**answer, **said_of(meta), "cached_tokens": meta.get("cached_tokens") or 0}
+    return {**answer, **answer_facts(meta), "cached_tokens": meta.get("cached_tokens") or 0}
 
 
 def _typed(error: Exception) -> Json:
