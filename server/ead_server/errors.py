@@ -6,6 +6,7 @@
     ├── KeyReused                   422: an idempotency key that came with another request
     ├── TooManyJobs                 429: as many kept jobs as there is room for
     └── WeightsRefused              400 to 503: an update of the weights that did not happen
+    NothingLoaded (RuntimeError)    a load of weights failed before it changed anything
     ServerFailed (RuntimeError)     a server that could not be started, or ended
 
 A schedule that cannot be used is a `ead_sampler.AnnealingError`, and a 400.
@@ -81,6 +82,10 @@ class WeightsRefused(RequestRefused):
 
     def __init__(self, message: str, *, status: int = 400, field: str | None = None) -> None:
         super().__init__(message, status=status, reason="weights", field=field)
+
+
+class NothingLoaded(RuntimeError):
+    """A load failed before it changed anything."""
 
 
 class ServerFailed(RuntimeError):

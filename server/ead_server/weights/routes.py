@@ -27,8 +27,9 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from ead_server.error_route import OpenAIErrorsRoute
 from ead_server.errors import WeightsRefused, openai_error
 from ead_server.media_types import FRAMES, NDJSON
+from ead_server.weights.broadcast import ProcessGroup
 from ead_server.weights.manifest import Spec
-from ead_server.weights.update import Group, Pause, Seconds, Weights, served_weights
+from ead_server.weights.update import Pause, Seconds, Weights, served_weights
 
 Json = dict[str, Any]
 Version = Annotated[str, Field(min_length=1, max_length=200)]
@@ -89,7 +90,7 @@ class FromBroadcast(BaseModel):
 
     version: Version
     pause: Pause = "retract"
-    group: Group
+    group: ProcessGroup
     buckets: list[Annotated[list[Named], Field(min_length=1)]]
 
 
@@ -101,8 +102,8 @@ async def read_weights(request: Request) -> Served:
         version=weights.version,
         whole=weights.broken is None,
         standstill=weights.standstill,
-        group=weights.group.name if weights.group else None,
-        num_ranks=weights.num_ranks,
+        group=weights.broadcast.group.name if weights.broadcast.group else None,
+        num_ranks=weights.broadcast.num_ranks,
         device=weights.manager.server_args.device,
     )
 

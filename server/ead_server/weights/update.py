@@ -26,16 +26,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from ead_sampler.defaults import shared_defaults
 from ead_server import settings
-from ead_server.errors import WeightsRefused
+from ead_server.errors import NothingLoaded, WeightsRefused
 from ead_server.weights.adapters import AdapterManifest, matrices, merge
+from ead_server.weights.broadcast import BroadcastReceiver, Bucket, ProcessGroup
 from ead_server.weights.folders import WeightFolder, check_numbers, open_folder
 from ead_server.weights.manifest import (
     Manifest,
-    Spec,
     files_of,
     manifest_of,
     receive_files,
@@ -48,30 +46,13 @@ from ead_server.weights.manifest import (
 # as do new prompts that begin like an old one, and their log-probabilities are no version's.
 Pause = Literal["retract", "abort", "in_place"]
 Seconds = dict[str, float]  # by phase
-Bucket = Sequence[tuple[str, Spec]]
 
-CONNECT_SECONDS = 5.0  # to the trainer, before the engine waits for it
 BUSY_SECONDS = 30.0  # for requests that keep the cache from being flushed
 
 
 def spool_prefix(process_id: int) -> str:
     """Of the folder for temporary files in which a server keeps the tensors that are coming."""
     return f"ead-weights-{process_id}-"
-
-
-class Group(BaseModel):
-    """A process group, to which the trainer, its rank 0, listens. Each new one has a new name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(min_length=1, max_length=200)
-    master_address: str
-    master_port: int = Field(ge=1, le=65535)
-    backend: Literal["nccl", "gloo"]
-
-
-class NothingLoaded(RuntimeError):
-    """A load failed before it changed anything."""
 
 
 class Weights:
@@ -84,7 +65,7 @@ class Weights:
         self.manager = manager
         self.updating: str | None = None
         self.broken: str | None = None
-        self.group: Group | None = None
+        self.broadcast = BroadcastReceiver(manager)
         # the count of updates at which the engine had the checkpoint but for these matrices
         self._adapted: tuple[int, frozenset[str]] = (0, frozenset())
 
@@ -92,11 +73,6 @@ class Weights:
     def version(self) -> str:
         """What is served, or was before it broke."""
         return str(self.manager.config_value("weight_version"))
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes that a broadcast goes to."""
-        return int(self.manager.server_args.tp_size)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -206,7 +182,7 @@ class Weights:
     async def from_broadcast(
         self,
         buckets: Sequence[Bucket],
-        group: Group,
+        group: ProcessGroup,
         version: str,
         pause: Pause,
         say: Callable[[str], None],
@@ -222,14 +198,14 @@ class Weights:
             if self.manager.server_args.dp_size > 1:
                 raise WeightsRefused("SGLang has no broadcast to data-parallel replicas")
             started = time.perf_counter()
-            if group != self.group:
-                await self._join(group, say)
+            if group != self.broadcast.group:
+                await self.broadcast.join(group, say)
             join = time.perf_counter() - started
-            load = partial(self._load_broadcast, buckets, group.name, say)
+            load = partial(self.broadcast.load, buckets, say)
             try:
                 return {"join": join, **await self._replace(version, pause, load)}
             except BaseException:
-                await self._leave()  # which ends the trainer's broadcast
+                await self.broadcast.leave()  # which ends the trainer's broadcast
                 raise
 
     # --- the transaction --------------------------------------------------------------------------
@@ -326,83 +302,6 @@ class Weights:
             manager.served_model_name, manager.model_path = names
         if not success:
             raise RuntimeError(message)
-
-    # --- broadcast --------------------------------------------------------------------------------
-
-    async def _load_broadcast(
-        self, buckets: Sequence[Bucket], group_name: str, say: Callable[[str], None]
-    ) -> None:
-        from sglang.srt.managers.io_struct import (
-            BeginWeightUpdateReqInput,
-            EndWeightUpdateReqInput,
-            UpdateWeightsFromDistributedReqInput,
-        )
-
-        manager = self.manager
-        opened, message = await manager.begin_weight_update(BeginWeightUpdateReqInput())
-        if not opened:
-            raise NothingLoaded(message)
-        whole = False
-        try:
-            say("receive")
-            for number, bucket in enumerate(buckets):
-                request = UpdateWeightsFromDistributedReqInput(
-                    names=[name for name, _ in bucket],
-                    dtypes=[spec.dtype for _, spec in bucket],
-                    shapes=[list(spec.shape) for _, spec in bucket],
-                    group_name=group_name,
-                    load_format="flattened_bucket",
-                    flush_cache=False,
-                )
-                success, message = await manager.update_weights_from_distributed(request)
-                if not success:
-                    # of several ranks, others may have received it
-                    nothing = number == 0 and self.num_ranks == 1 and "to receive" in message
-                    raise NothingLoaded(message) if nothing else RuntimeError(message)
-            whole = True
-        finally:
-            end = EndWeightUpdateReqInput()
-            if whole:
-                await manager.end_weight_update(end)
-            else:  # not that: it counts as a step of training, see ead_server.hooks
-                await manager._weight_update_session_call(
-                    manager.end_weight_update_communicator, end
-                )
-
-    async def _join(self, group: Group, say: Callable[[str], None]) -> None:
-        from sglang.srt.managers.io_struct import InitWeightsUpdateGroupReqInput
-
-        await self._leave()
-        address = group.master_address, group.master_port
-        try:  # the engine would wait for half an hour
-            async with asyncio.timeout(CONNECT_SECONDS):
-                _, writer = await asyncio.open_connection(*address)
-            writer.close()
-        except OSError as error:  # TimeoutError is one
-            message = f"no trainer at {address[0]}:{address[1]}: {error or 'no answer'}"
-            raise WeightsRefused(message, field="group") from None
-        say("join")
-        success, message = await self.manager.init_weights_update_group(
-            InitWeightsUpdateGroupReqInput(
-                group_name=group.name,
-                master_address=group.master_address,
-                master_port=group.master_port,
-                rank_offset=1,
-                world_size=1 + self.num_ranks,
-                backend=group.backend,
-            )
-        )
-        if not success:
-            raise WeightsRefused(message, field="group")
-        self.group = group
-
-    async def _leave(self) -> None:
-        from sglang.srt.managers.io_struct import DestroyWeightsUpdateGroupReqInput
-
-        group, self.group = self.group, None
-        if group is not None:
-            request = DestroyWeightsUpdateGroupReqInput(group_name=group.name)
-            await self.manager.destroy_weights_update_group(request)
 
 
 @contextmanager
