@@ -16,7 +16,13 @@ from typing import Any
 from ead_sampler.defaults import default_annealing
 from ead_sampler.in_tokenizer.server_mode import check_server_mode
 from ead_sampler.names import ANNEALING, ROLLOUT
-from ead_sampler.schedules import AnnealingError, check_sampling, parse_annealing, short_repr
+from ead_sampler.schedules import (
+    AnnealingError,
+    FieldError,
+    check_sampling,
+    parse_annealing,
+    short_repr,
+)
 
 # Called with the choice index and every item that TokenizerManager.generate_request yields for the
 # current HTTP request; set by the HTTP layer, which has no other way to see items behind the OpenAI
@@ -41,7 +47,7 @@ def wants_arrays(custom_params: Any) -> bool:
 
 
 def check_rollout(raw: object) -> bool | dict[str, bool]:
-    """The `rollout` field: true, false (or null) or {"entropies": bool}. Raises AnnealingError."""
+    """The `rollout` field: true, false (or null) or {"entropies": bool}. Raises FieldError."""
     if raw is None:
         return False
     if isinstance(raw, bool):
@@ -49,10 +55,10 @@ def check_rollout(raw: object) -> bool | dict[str, bool]:
     if isinstance(raw, dict) and set(raw) <= {"entropies"}:
         if isinstance(raw.get("entropies", False), bool):
             return dict(raw)
-        raise AnnealingError(
+        raise FieldError(
             "rollout.entropies", f"must be a boolean, got {short_repr(raw['entropies'])}"
         )
-    raise AnnealingError(ROLLOUT, 'must be a boolean or {"entropies": true}')
+    raise FieldError(ROLLOUT, 'must be a boolean or {"entropies": true}')
 
 
 def sent_schedule(custom_params: Mapping[str, Any]) -> Any:
@@ -69,7 +75,7 @@ def sent_schedule(custom_params: Mapping[str, Any]) -> Any:
 def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
     """Sampling parameters with `annealing` and `rollout` checked and moved to `custom_params`.
 
-    Returns `params` itself when neither is said, else a copy. Raises AnnealingError.
+    Returns `params` itself when neither is said, else a copy. Raises FieldError.
     """
     if ANNEALING not in params and ROLLOUT not in params:
         return params
@@ -84,7 +90,7 @@ def into_custom_params(params: dict[str, Any]) -> dict[str, Any]:
         check_server_mode(moved)
     custom = params.get("custom_params") or {}
     if not isinstance(custom, dict):
-        raise AnnealingError("custom_params", f"must be an object, got {short_repr(custom)}")
+        raise FieldError("custom_params", f"must be an object, got {short_repr(custom)}")
     params["custom_params"] = {**custom, **moved}
     return params
 
@@ -104,7 +110,7 @@ def with_default(params: dict[str, Any]) -> dict[str, Any]:
         return params
     try:
         check_sampling(params)
-    except AnnealingError:
+    except FieldError:
         return params
     rollout = params.get(ROLLOUT, custom.get(ROLLOUT)) or False
     return {**params, ANNEALING: default, ROLLOUT: rollout}

@@ -23,7 +23,7 @@ from ead_sampler.in_tokenizer.fields import (
 from ead_sampler.in_tokenizer.server_mode import check_generates, check_server_mode
 from ead_sampler.names import ANNEALING, COLUMNS, ROLLOUT
 from ead_sampler.schedules import (
-    AnnealingError,
+    FieldError,
     check_beam_width,
     check_sampling,
     parse_annealing,
@@ -53,7 +53,7 @@ def verify_sampling_params(result: None, params: Any, vocab_size: int) -> None:
 def check_travels(custom_params: Any) -> None:
     """With SGLANG_USE_PICKLE_IPC=0 the scheduler dies of custom_params that are no flat JSON.
 
-    Raises AnnealingError.
+    Raises FieldError.
     """
     if custom_params is None or os.environ.get(_PICKLE, "1").lower() in ("1", "true", "yes", "y"):
         return
@@ -65,7 +65,7 @@ def check_travels(custom_params: Any) -> None:
         msgspec.msgpack.decode(data, type=dict[str, CustomParamValue])
     except (msgspec.ValidationError, OverflowError, TypeError, RecursionError) as error:
         message = f"must be numbers, strings, and lists or objects of such ({error})"
-        raise AnnealingError("custom_params", message) from None
+        raise FieldError("custom_params", message) from None
 
 
 _PICKLE = "SGLANG_USE_PICKLE_IPC"  # environment, of SGLang

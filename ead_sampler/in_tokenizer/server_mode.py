@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ead_sampler.names import ANNEALING, ROLLOUT
-from ead_sampler.schedules import AnnealingError
+from ead_sampler.schedules import FieldError
 
 
 def check_server_mode(asked_for: Mapping[str, Any]) -> None:
-    """Refuse a schedule or rollout in server modes that cannot honour it. Raises AnnealingError.
+    """Refuse a schedule or rollout in server modes that cannot honour it. Raises FieldError.
 
     asked_for: custom_params, or anything else that has `annealing` if a schedule is asked for.
     """
@@ -20,16 +20,16 @@ def check_server_mode(asked_for: Mapping[str, Any]) -> None:
     reason = unsupported_mode(get_server_args(), os.environ)
     if reason is not None:
         field = ROLLOUT if asked_for.get(ANNEALING) is None else ANNEALING
-        raise AnnealingError(field, f"this server cannot honour it: {reason}")
+        raise FieldError(field, f"this server cannot honour it: {reason}")
 
 
 def check_generates(manager: Any) -> None:
     """Refuse to generate on a server that embeds: its scheduler would die of it.
 
-    manager: SGLang's TokenizerManager. Raises AnnealingError.
+    manager: SGLang's TokenizerManager. Raises FieldError.
     """
     if not manager.is_generation:
-        raise AnnealingError("model", "does not generate on this server, it embeds")
+        raise FieldError("model", "does not generate on this server, it embeds")
 
 
 def unsupported_mode(server_args: Any, environ: Mapping[str, str]) -> str | None:

@@ -3,12 +3,12 @@
 Importing this makes all of them known to `parse_annealing`.
 """
 
+from ead_sampler.errors import AnnealingError, FieldError
 from ead_sampler.schedules.base import (
     DEFAULT_SCHEDULE,
     MAX_STEP,
     REGISTRY,
     Annealing,
-    AnnealingError,
     MeanMatched,
     Numbers,
     PositionSchedule,
@@ -54,6 +54,7 @@ __all__ = [
     "EadEntropy",
     "Entropy",
     "Exponential",
+    "FieldError",
     "Linear",
     "MeanMatched",
     "Numbers",

@@ -16,21 +16,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
+from ead_sampler.errors import AnnealingError
+
 TAU_LOWEST, TAU_HIGHEST = 0.01, 10.0
 MAX_STEP = 1_000_000_000
 
 Temperature = Annotated[float, Field(ge=TAU_LOWEST, le=TAU_HIGHEST)]
 Numbers = tuple[Tensor, ...]
 Tokens = Annotated[float, Field(ge=0.001, le=1e9)]
-
-
-class AnnealingError(ValueError):
-    """A schedule that cannot be used. `field` is the offending key, e.g. `annealing.tau_max`."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
 
 
 def with_integers(model: type[BaseModel], raw: Any) -> Any:

@@ -18,11 +18,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from ead_sampler.errors import AnnealingError
 from ead_sampler.schedules.base import (
     TAU_HIGHEST,
     TAU_LOWEST,
     Annealing,
-    AnnealingError,
     Numbers,
     PositionSchedule,
     Temperature,

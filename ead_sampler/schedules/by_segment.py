@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, WithJsonSchema, field_validator, model_validator
 
+from ead_sampler.errors import AnnealingError
 from ead_sampler.schedules.base import (
     REGISTRY,
     Annealing,
-    AnnealingError,
     parse_annealing,
     register,
     short_repr,

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ead_sampler.errors import AnnealingError
 from ead_sampler.schedules.base import (
-    AnnealingError,
     Numbers,
     register,
 )

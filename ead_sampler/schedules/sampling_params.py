@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ead_sampler.schedules.base import AnnealingError, short_repr
+from ead_sampler.errors import AnnealingError, FieldError
+from ead_sampler.schedules.base import short_repr
 
 
 def check_sampling(params: Mapping[str, Any]) -> None:
-    """With a schedule, the temperature is the schedule's alone. Raises AnnealingError."""
+    """With a schedule, the temperature is the schedule's alone. Raises FieldError."""
     temperature, top_k = params.get("temperature"), params.get("top_k")
     if temperature is not None and temperature != 1:
         raise AnnealingError(
@@ -22,6 +23,6 @@ def check_sampling(params: Mapping[str, Any]) -> None:
 
 
 def check_beam_width(beam_width: object) -> None:
-    """Neither a schedule nor a rollout goes with beam search. Raises AnnealingError."""
+    """Neither a schedule nor a rollout goes with beam search. Raises FieldError."""
     if beam_width is not None and beam_width != 1:
-        raise AnnealingError("beam_width", "beam search does not sample: must be 1 or absent")
+        raise FieldError("beam_width", "beam search does not sample: must be 1 or absent")

@@ -7,7 +7,8 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from ead_sampler.schedules.base import AnnealingError, short_repr
+from ead_sampler.errors import AnnealingError
+from ead_sampler.schedules.base import short_repr
 
 MAX_MARKS = 1024  # token ids that may restart a clock
 BETWEEN = "\0"  # no part of a string that is looked for

@@ -20,11 +20,10 @@ from ead_server.edge.guard import Guard
 from ead_server.edge.keys import sglang_admin_paths
 from ead_server.error_route import first_bad_value, refusal
 from ead_server.errors import RequestRefused, openai_error
+from ead_server.json_types import Json
 from ead_server.openapi import complete
 from ead_server.rollouts import routes as rollout_routes
 from ead_server.weights import routes as weight_routes
-
-Json = dict[str, Any]
 
 
 def install() -> None:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from ead_sampler.schedules import AnnealingError, short_repr
+from ead_sampler.schedules import FieldError, short_repr
 from ead_server.calls import note_refused
 from ead_server.errors import BadField, LimitExceeded, RequestRefused, body_of, place_of
 
@@ -36,7 +36,7 @@ class OpenAIErrorsRoute(APIRoute):
                 return refusal(_bad_value(error.errors(include_url=False)[0]))
             except orjson.JSONDecodeError as error:
                 return refusal(_no_json(error))
-            except AnnealingError as error:
+            except FieldError as error:
                 reason = "schedule" if error.field.startswith("annealing") else "invalid"
                 return refusal(RequestRefused(str(error), field=error.field, reason=reason))
 

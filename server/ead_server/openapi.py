@@ -16,10 +16,9 @@ from typing_extensions import TypedDict
 from ead_sampler.schedules import DEFAULT_SCHEDULE, REGISTRY, Segment
 from ead_server import settings
 from ead_server.edge.keys import ADMIN_ROUTES, OPEN
+from ead_server.json_types import Json
 from ead_server.media_types import FRAMES, JSON, NDJSON, SAFETENSORS
 from ead_server.rollouts.request import RolloutRequest
-
-Json = dict[str, Any]
 
 _CLOSED = ConfigDict(extra="forbid")
 

@@ -21,15 +21,14 @@ from ead_sampler.in_tokenizer.fields import (
     with_default,
 )
 from ead_sampler.names import ANNEALING, ROLLOUT
-from ead_sampler.schedules import AnnealingError
+from ead_sampler.schedules import FieldError
 from ead_server.annealing.recorder import Recorder
 from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
 from ead_server.calls import note_refused
 from ead_server.edge.bodies import may_name
 from ead_server.error_answers import OpenAIErrors
 from ead_server.errors import as_openai_error, openai_error
-
-Json = dict[str, Any]
+from ead_server.json_types import Json
 
 OPENAI_ROUTES = ("/v1/chat/completions", "/v1/completions", "/invocations")
 # Other dialects, whose requests and answers have no place for our fields, and what samples
@@ -75,7 +74,7 @@ class AnnealingMiddleware:
             return
         try:
             rewritten = _rewrite(path, request)
-        except AnnealingError as error:
+        except FieldError as error:
             note_refused("schedule")
             await _send_error(send, str(error), error.field)
             return
@@ -109,7 +108,7 @@ def _rewrite(path: str, request: Any) -> Any:
     if path in WITHOUT_FIELDS:
         for field in _NAMES:
             if request.get(field) is not None:
-                raise AnnealingError(field, f"not on this route; use {', '.join(OPENAI_ROUTES)}")
+                raise FieldError(field, f"not on this route; use {', '.join(OPENAI_ROUTES)}")
         return request
     if path in OPENAI_ROUTES:
         return into_custom_params(with_default(_from_template_kwargs(request)))
@@ -125,7 +124,7 @@ def _rewrite(path: str, request: Any) -> Any:
         rewritten = params
     for field in _NAMES:
         if field in request:
-            raise AnnealingError(field, "belongs inside sampling_params on this route")
+            raise FieldError(field, "belongs inside sampling_params on this route")
     return request if rewritten is params else {**request, "sampling_params": rewritten}
 
 

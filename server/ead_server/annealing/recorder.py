@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ead_sampler.names import ANNEALING, COLUMNS, ENTROPIES, MARKERS
-
-Json = dict[str, Any]
+from ead_server.json_types import Json
 
 _RECORDED = (*COLUMNS, ENTROPIES)
 

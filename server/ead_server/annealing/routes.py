@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
@@ -18,9 +18,8 @@ from ead_server.annealing import preview
 from ead_server.edge.fail_fast import FewKeys
 from ead_server.edge.keys import PAGE
 from ead_server.error_route import OpenAIErrorsRoute
+from ead_server.json_types import Json
 from ead_server.media_types import JSON
-
-Json = dict[str, Any]
 
 router = APIRouter(route_class=OpenAIErrorsRoute, tags=["annealing"])
 

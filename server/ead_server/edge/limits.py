@@ -17,7 +17,7 @@ from fastapi import HTTPException
 
 from ead_sampler.in_tokenizer.answers import answers_of
 from ead_sampler.names import ANNEALING, COLUMNS, ROLLOUT
-from ead_sampler.schedules import AnnealingError, short_repr
+from ead_sampler.schedules import FieldError, short_repr
 from ead_server import metrics
 from ead_server.calls import Call, current_call
 from ead_server.edge import grammars, stop_regex
@@ -56,7 +56,7 @@ def generate_request(
         for token_ids in _prompts_of_ids(obj.input_ids):
             check_token_ids(token_ids, manager.model_config.vocab_size)
         return _counted(original(manager, obj, request), call)
-    except (LimitExceeded, AnnealingError) as error:
+    except (LimitExceeded, FieldError) as error:
         call.refused = "limit" if isinstance(error, LimitExceeded) else "schedule"
         call.bad_value = str(error)
         raise

@@ -12,9 +12,8 @@ from ead_sampler.in_tokenizer.server_mode import check_generates
 from ead_server.edge.bodies import check_text, max_text
 from ead_server.edge.fail_fast import validator_of
 from ead_server.errors import BadField, LimitExceeded, as_openai_error, place_of
+from ead_server.json_types import Json
 from ead_server.rollouts.request import Prompt
-
-Json = dict[str, Any]
 
 STILL_S = 300.0  # without a sign of the engine, after which it may have died
 

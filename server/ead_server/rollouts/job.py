@@ -10,7 +10,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import numpy as np
 from fastapi import HTTPException
@@ -24,10 +23,9 @@ from ead_sampler.schedules import check_sampling, parse_annealing
 from ead_server.annealing.recorder import answer_facts
 from ead_server.edge.limits import check_range, check_token_ids, check_types
 from ead_server.errors import BadField, openai_error
+from ead_server.json_types import Json
 from ead_server.rollouts.engine import Engine
 from ead_server.rollouts.request import Prompt, RolloutRequest
-
-Json = dict[str, Any]
 
 # SGLang's own defaults, which a model's generation_config would otherwise change silently
 # (and of 128 tokens; null: as many as fit the context)

@@ -32,9 +32,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ead_sampler.names import ANNEALING, COLUMNS, ENTROPIES, SAMPLING
+from ead_server.json_types import Json
 from ead_server.rollouts.job import Group, Job
-
-Json = dict[str, Any]
 
 # of 9: JSON to two fifths; the others take many times as long to save a tenth of that
 GZIP_LEVEL = 1

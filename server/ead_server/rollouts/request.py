@@ -13,8 +13,7 @@ from ead_server import settings
 from ead_server.edge.fail_fast import FewKeys
 from ead_server.edge.limits import check_range
 from ead_server.errors import LimitExceeded
-
-Json = dict[str, Any]
+from ead_server.json_types import Json
 
 MAX_PROMPTS = 65_536  # of one request, whatever --max-answers is
 

@@ -26,12 +26,12 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from ead_server.error_route import OpenAIErrorsRoute
 from ead_server.errors import WeightsRefused, openai_error
+from ead_server.json_types import Json
 from ead_server.media_types import FRAMES, NDJSON
 from ead_server.weights.broadcast import ProcessGroup
 from ead_server.weights.manifest import Spec
 from ead_server.weights.update import Pause, Seconds, Weights, served_weights
 
-Json = dict[str, Any]
 Version = Annotated[str, Field(min_length=1, max_length=200)]
 
 log = logging.getLogger(__name__)
