@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         REGISTRY,
         Annealing,
         AnnealingError,
+        FieldError,
         parse_annealing,
         suggest_schedule,
     )
@@ -22,6 +23,7 @@ __all__ = [
     "REGISTRY",
     "Annealing",
     "AnnealingError",
+    "FieldError",
     "parse_annealing",
     "suggest_schedule",
 ]

@@ -1,0 +1,1 @@
+"""The mathematics: log-probabilities, advantages, losses, corrections, estimators."""

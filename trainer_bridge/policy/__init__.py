@@ -1,0 +1,1 @@
+"""The policy that is trained, batches of answers for it, and an update on one process or more."""

@@ -1,0 +1,1 @@
+"""A run: settings, answers, steps, evaluation, checkpoints, and what it leaves behind."""

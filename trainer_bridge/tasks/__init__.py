@@ -1,0 +1,1 @@
+"""Problems, and rewards for answers to them."""

@@ -1,0 +1,1 @@
+"""What is refused before any work: keys, headers, bodies, limits; and how the server is."""

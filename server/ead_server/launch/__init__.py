@@ -1,0 +1,1 @@
+"""`ead serve`: flags, models, and a server as a process."""

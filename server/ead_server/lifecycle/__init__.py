@@ -1,0 +1,1 @@
+"""What the server is doing now, how it ends, and who watches whom."""

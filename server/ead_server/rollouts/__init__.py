@@ -1,0 +1,1 @@
+"""`POST /v1/rollouts`: the request, the work, and how its answers are written."""
