@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLIENT = Path(__file__).parent.parent / "client" / "ead_client"
+ROOT = Path(__file__).parent.parent
+CLIENT = ROOT / "client" / "ead_client"
 MARK = "# Generated from {} by `python scripts/unasync.py`: edit that file instead.\n"
 WORDS = [  # in this order
     (r"\basync (?=def|for|with)", ""),
@@ -30,22 +31,26 @@ WORDS = [  # in this order
     (r"\ba(?=(close|read|iter_bytes)\b)", ""),
 ]
 LEFT = re.compile(r".*(async|await).*", re.IGNORECASE)
-FIRST_PARTY = "--config=lint.isort.known-first-party=['ead_client']"  # as if nothing were there yet
 # of ruff: the order of imports, `yield from` where no `async for` forbids it, lengths of lines
-TIDY = [["check", "--select=I,UP028", "--fix", "--unsafe-fixes", FIRST_PARTY], ["format"]]
+TIDY = [["check", "--select=I,UP028", "--fix", "--unsafe-fixes"], ["format"]]
+RUFF_OPTIONS = [
+    f"--config={ROOT}/pyproject.toml",
+    "--config=lint.isort.known-first-party=['ead_client']",  # also where nothing is written yet
+    "--quiet",
+]
 
 
 def synchronous(source: Path, target: Path) -> str:
-    """What `target` must be. Raises ValueError for a line that no rule makes synchronous."""
+    """What `target` must be. Exits at a line that no rule makes synchronous."""
     text = source.read_text()
     for pattern, word in WORDS:
         text = re.sub(pattern, word, text)
     if left := LEFT.search(text):
-        raise ValueError(f"{source}: no rule makes this synchronous: {left.group().strip()}")
+        sys.exit(f"{source}: no rule makes this synchronous: {left.group().strip()}")
     for arguments in TIDY:
-        ruff = [sys.executable, "-m", "ruff", *arguments, "--quiet", f"--stdin-filename={target}"]
-        done = subprocess.run([*ruff, "-"], input=text, text=True, capture_output=True, check=True)
-        text = done.stdout
+        ruff = [sys.executable, "-m", "ruff", *arguments, *RUFF_OPTIONS]
+        command = [*ruff, f"--stdin-filename={target}", "-"]
+        text = subprocess.run(command, input=text, text=True, stdout=-1, check=True).stdout
     return MARK.format(f"{source.parent.name}/{source.name}") + text
 
 

@@ -153,8 +153,9 @@ class AsyncClock(BaseClock):
 
     async def run(self, action: Callable[[], Awaitable[T]]) -> T:
         """The result of `action`, or TimedOut at the deadline, whatever it waits for."""
+        limit = asyncio.timeout(self.left())
         try:
-            async with asyncio.timeout(self.left()) as limit:
+            async with limit:
                 return await action()
         except TimeoutError:
             if limit.expired():

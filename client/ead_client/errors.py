@@ -50,6 +50,7 @@ class NotSendable(EadError, ValueError):
 
     @property
     def reason(self) -> str:
+        """Why JSON cannot hold it."""
         return str(self.args[1])
 
     def __str__(self) -> str:
@@ -90,6 +91,7 @@ class ApiError(EadError):
 
     @property
     def reason(self) -> str:
+        """The message, as the server gave it."""
         return self.message
 
     def __reduce__(self) -> tuple[object, ...]:
