@@ -9,6 +9,7 @@ import json
 import pickle
 import runpy
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,8 @@ def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
 
     drawn = []
     for line in (errors.__doc__ or "").splitlines():
-        branch, _, name = line.rpartition("── ")
-        if branch or line == "EadError":
+        branch, _, name = line.removeprefix(" " * 4).rpartition("── ")
+        if branch or name == "EadError":
             drawn.append(((len(branch) + 3) // 4, name.split()[0]))
     assert drawn == below(EadError, 0)
     assert {name for _, name in drawn} <= {*ead_client.__all__}
@@ -207,7 +208,7 @@ def test_a_deadline_that_passes_while_a_piece_is_used_ends_the_stream(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(ead_client._clock.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     choice = {"index": 0, "delta": {"content": "x"}}
     event = json.dumps({"id": "a", "model": "m", "choices": [choice]}).encode()
     parts = [b"data: " + event + b"\n", b"\n"] * 3  # the first part ends with the first piece

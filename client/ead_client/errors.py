@@ -1,15 +1,16 @@
 """Everything that the client raises; all of it is importable from `ead_client`.
 
-EadError
-├── ConnectionFailed      no server there, or it went away; also a ConnectionError
-├── TimedOut              no answer in time; the request may still be running; also a TimeoutError
-├── NotSendable           a request holds what JSON cannot, such as NaN; nothing was sent;
-│                         also a ValueError
-├── MalformedAnswer       an answer that is not what the API promises; also a ValueError
-├── ScheduleIgnored       asked for annealing or a rollout, and the answer has no sign of it
-└── ApiError              the server answered with an error; has its `status`
-    ├── RequestRefused    4xx: the request is wrong; sending it again will not help
-    └── ServerUnavailable 5xx and 429: it may work later
+    EadError
+    ├── ConnectionFailed      no server there, or it went away; also a ConnectionError
+    ├── TimedOut              no answer in time; the request may still be running;
+    │                         also a TimeoutError
+    ├── NotSendable           a request holds what JSON cannot, such as NaN; nothing was sent;
+    │                         also a ValueError
+    ├── MalformedAnswer       an answer that is not what the API promises; also a ValueError
+    ├── ScheduleIgnored       asked for annealing or a rollout, and the answer has no sign of it
+    └── ApiError              the server answered with an error; has its `status`
+        ├── RequestRefused    4xx: the request is wrong; sending it again will not help
+        └── ServerUnavailable 5xx and 429: it may work later
 
 Of every error, `param` is the field of the request that it is about, or None where no one field is,
 and `reason` is what is wrong, without the field's name or the status. What httpx raised, where it
