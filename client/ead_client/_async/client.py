@@ -212,7 +212,7 @@ class AsyncClient(BaseClient):
         repeatable = is_repeatable("POST", headers)
 
         async def attempt() -> httpx.Response:
-            return await self._begin("POST", path, content, headers, clock)
+            return await self._send("POST", path, content, headers, clock)
 
         response = await self._with_retries(attempt, clock, repeatable=repeatable, once=False)
         try:
@@ -250,7 +250,7 @@ class AsyncClient(BaseClient):
         clock = self._clock()
 
         async def attempt() -> httpx.Response:
-            response = await self._begin(method, path, content, headers, clock)
+            response = await self._send(method, path, content, headers, clock)
             try:
                 with clock.reading(response):
                     await response.aread()
@@ -275,7 +275,7 @@ class AsyncClient(BaseClient):
             tries += 1
             await clock.sleep(self._wait_before(tries, clock))
 
-    async def _begin(
+    async def _send(
         self,
         method: str,
         path: str,

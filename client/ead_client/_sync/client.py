@@ -211,7 +211,7 @@ class Client(BaseClient):
         repeatable = is_repeatable("POST", headers)
 
         def attempt() -> httpx.Response:
-            return self._begin("POST", path, content, headers, clock)
+            return self._send("POST", path, content, headers, clock)
 
         response = self._with_retries(attempt, clock, repeatable=repeatable, once=False)
         try:
@@ -249,7 +249,7 @@ class Client(BaseClient):
         clock = self._clock()
 
         def attempt() -> httpx.Response:
-            response = self._begin(method, path, content, headers, clock)
+            response = self._send(method, path, content, headers, clock)
             try:
                 with clock.reading(response):
                     response.read()
@@ -274,7 +274,7 @@ class Client(BaseClient):
             tries += 1
             clock.sleep(self._wait_before(tries, clock))
 
-    def _begin(
+    def _send(
         self,
         method: str,
         path: str,
