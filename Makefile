@@ -48,15 +48,17 @@ test: check .venv/clients/.ready ## format, lint and types, then all tests, most
 test-fast: venv ## the tests that need no server: minutes
 	@$(BIN)/python -m pytest -m "not server"
 
-check: venv ## format, lint, types, and which package imports which
+check: venv ## format, lint, types, imports, and whether the client's sync form is up to date
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python scripts/unasync.py --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-format: venv ## rewrite the code in the project's format
+format: venv ## rewrite the code in the project's format, and the client's sync form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python scripts/unasync.py
 
 fuzz: venv ## more than 10,000 requests that nobody would send; SEED=1, 2, ... are others
 	@EAD_FUZZ_SCALE=4 EAD_FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s tests/server/test_fuzz.py

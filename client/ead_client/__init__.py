@@ -5,8 +5,11 @@ with Client("http://127.0.0.1:30000") as client:
     print(answer.choices[0].text, answer.choices[0].rollout.temperatures)
 """
 
-from ead_client._client import AsyncClient, Client
-from ead_client._errors import (
+from ead_client._async.client import AsyncClient
+from ead_client._rollouts import Group, Rollouts
+from ead_client._sync.client import Client
+from ead_client._types import AnnealingDict, Answer, Choice, Chunk, Rollout
+from ead_client.errors import (
     ApiError,
     ConnectionFailed,
     EadError,
@@ -17,8 +20,6 @@ from ead_client._errors import (
     ServerUnavailable,
     TimedOut,
 )
-from ead_client._rollouts import Group, Rollouts
-from ead_client._types import AnnealingDict, Answer, Choice, Chunk, Rollout
 
 __all__ = [
     "AnnealingDict",

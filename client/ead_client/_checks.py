@@ -10,8 +10,11 @@ import httpx
 from pydantic import ValidationError
 
 from ead_client._address import proxy_variable
-from ead_client._clock import Clock
-from ead_client._errors import (
+from ead_client._clock import BaseClock
+from ead_client._json import Lines
+from ead_client._rollouts import Frames, Group, Rollouts, unpack
+from ead_client._types import Answer, Chunk, Json
+from ead_client.errors import (
     ApiError,
     ConnectionFailed,
     EadError,
@@ -21,11 +24,7 @@ from ead_client._errors import (
     ServerUnavailable,
     TimedOut,
 )
-from ead_client._json import Lines
-from ead_client._rollouts import Frames, Group, Rollouts, unpack
-from ead_client._types import Answer, Chunk
 
-Json = dict[str, Any]
 AnswerT = TypeVar("AnswerT", Answer, Chunk)
 
 ROLLOUTS = "/v1/rollouts"
@@ -49,12 +48,13 @@ _STATUS_OF_TYPE = {
 
 def transport_error(error: httpx.HTTPError) -> EadError:
     """What httpx raised, as ours."""
-    said = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {error}"
     unconnected = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
     if isinstance(error, unconnected) and error._request is not None:
         proxy = proxy_variable(str(error.request.url))
-        said += f" (by the proxy that {proxy} names)" if proxy else ""
-    return TimedOut(said) if isinstance(error, httpx.TimeoutException) else ConnectionFailed(said)
+        reason += f" (by the proxy that {proxy} names)" if proxy else ""
+    is_late = isinstance(error, httpx.TimeoutException)
+    return TimedOut(reason) if is_late else ConnectionFailed(reason)
 
 
 def check_status(response: httpx.Response) -> None:
@@ -75,11 +75,11 @@ def check_status(response: httpx.Response) -> None:
 
 def error_of(body: Any, status: int | None, text: str = "") -> ApiError:
     """The error in an answer or an event: OpenAI's object, SGLang's flat one, FastAPI's detail, or
-    a text. status: None where the body must say it; text: said where the body says nothing."""
+    a text. status: None where the body must give it; text: the message where the body has none."""
     inner = body.get("error", body) if isinstance(body, Mapping) else body
     inner = inner if isinstance(inner, Mapping) else {"message": inner}
-    said = inner.get("message") or inner.get("detail")
-    message = said if isinstance(said, str) else json.dumps(said) if said else text
+    given = inner.get("message") or inner.get("detail")
+    message = given if isinstance(given, str) else json.dumps(given) if given else text
     kind, param = inner.get("type"), inner.get("param")
     if status is None:
         status = _status_in(inner) or (_status_in(body) if isinstance(body, Mapping) else None)
@@ -107,8 +107,8 @@ def _error_event(event: Any) -> ApiError | None:
     if not isinstance(event, Mapping) or ("choices" in event and not event.get("error")):
         return None
     flat = "id" not in event and ("message" in event or "detail" in event)
-    said = event.get("error") is not None or event.get("object") == "error"
-    return error_of(event, None) if said or flat else None
+    nested = event.get("error") is not None or event.get("object") == "error"
+    return error_of(event, None) if nested or flat else None
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -145,11 +145,13 @@ def checked_answer(body: Json, response: httpx.Response) -> Answer:
 
 
 def _check_marker(body: Json, annealed: bool, recorded: bool) -> None:
-    asked = {**body, **(body.get("chat_template_kwargs") or {})}
-    if asked.get("annealing") is not None and not annealed:
-        raise ScheduleIgnored("asked for annealing, and the answer does not say it was applied")
-    if asked.get("rollout") not in (None, False) and not recorded:
-        raise ScheduleIgnored("asked for a rollout, and the answer carries none")
+    """Raise ScheduleIgnored for what the request has and its answer does not show."""
+    fields = {**body, **(body.get("chat_template_kwargs") or {})}
+    if fields.get("annealing") is not None and not annealed:
+        reason = "asked for annealing, and the answer does not say it was applied"
+        raise ScheduleIgnored(reason, param="annealing")
+    if fields.get("rollout") not in (None, False) and not recorded:
+        raise ScheduleIgnored("asked for a rollout, and the answer carries none", param="rollout")
 
 
 def _checked_groups(body: Json, groups: list[Group]) -> list[Group]:
@@ -181,7 +183,7 @@ def whole_rollouts(body: Json, data: bytes) -> Rollouts:
 class GroupStream:
     """Reads frames into groups, and knows whether the stream came to its end."""
 
-    def __init__(self, body: Json, clock: Clock) -> None:
+    def __init__(self, body: Json, clock: BaseClock) -> None:
         self._body = body
         self._clock = clock
         self._frames = Frames()
@@ -203,7 +205,7 @@ class GroupStream:
 class ChunkStream:
     """Reads server-sent events into chunks, and checks the marker at the end of each choice."""
 
-    def __init__(self, body: Json, clock: Clock) -> None:
+    def __init__(self, body: Json, clock: BaseClock) -> None:
         self._body = body
         self._clock = clock
         self._lines = Lines()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ead_client._types import Choice, Rollout
 
-_MOST = 4096  # tokens that are shown
+_MOST_TOKENS = 4096  # that are drawn
 
 
 def heat(share: float) -> tuple[int, int, int]:
@@ -46,19 +46,19 @@ def choice_html(choice: Choice) -> str:
 
 def rollout_html(rollout: Rollout, tokens: Sequence[str] | None = None) -> str:
     """Tokens, or, without their texts, token ids."""
-    shown = [str(i) + " " for i in rollout.token_ids] if tokens is None else tokens
+    tokens = [str(i) + " " for i in rollout.token_ids] if tokens is None else tokens
     spans = []
-    for t, text in enumerate(shown[:_MOST]):
-        said = [
+    for t, text in enumerate(tokens[:_MOST_TOKENS]):
+        numbers = [
             f"t = {t}, token {rollout.token_ids[t]}",
             f"temperature {rollout.temperatures[t]:.4g}",
             f"log mu {rollout.logprobs[t]:.4g}",
             f"log pi {rollout.model_logprobs[t]:.4g}",
         ]
         if rollout.entropies is not None:
-            said.append(f"entropy {rollout.entropies[t]:.4g}")
+            numbers.append(f"entropy {rollout.entropies[t]:.4g}")
         background = colour(float(rollout.temperatures[t]))
-        title = escape("\n".join(said))
+        title = escape("\n".join(numbers))
         spans.append(f'<span title="{title}" style="background:{background}">{escape(text)}</span>')
-    more = len(shown) - _MOST
+    more = len(tokens) - _MOST_TOKENS
     return "".join(spans) + (f" ... and {more:,} more" if more > 0 else "")

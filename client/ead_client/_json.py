@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ead_client._errors import NotSendable
+from ead_client.errors import NotSendable
 
 _MANY_DIGITS = re.compile(rb"[0-9]{19}")  # as only integers beyond 64 bits have, and some texts
 
@@ -29,7 +29,7 @@ def to_json(value: Any, place: str = "") -> bytes:
         data = text.encode()
     except (ValueError, TypeError, RecursionError) as error:
         _check(value, place)
-        raise NotSendable(f"{place or 'body'}: {error}") from error
+        raise NotSendable(place or "body", str(error)) from error
     if _MANY_DIGITS.search(data):
         _check(value, place)
     return data
@@ -50,20 +50,20 @@ def _check(value: Any, place: str, depth: int = 0) -> None:
     """Raise NotSendable for the first part of `value` that cannot be sent."""
     problem = _problem(value)
     if problem is not None:
-        raise NotSendable(f"{place or 'body'}: {problem}")
+        raise NotSendable(place or "body", problem)
     if value is None or isinstance(value, str | int | float):
         return
     if depth > 200:
-        raise NotSendable(f"{place[:80]}...: is nested too deeply")
+        raise NotSendable(f"{place[:80]}...", "is nested too deeply")
     if not isinstance(value, Mapping | list | tuple):
         try:
             value = _plain(value)
         except TypeError as error:
-            raise NotSendable(f"{place or 'body'}: {error}") from None
+            raise NotSendable(place or "body", str(error)) from None
     if isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(key, str) and _problem(key) is not None:
-                raise NotSendable(f"{place or 'body'}: a key {_problem(key)}")
+                raise NotSendable(place or "body", f"a key {_problem(key)}")
             _check(item, f"{place}.{key}" if place else str(key), depth + 1)
     elif isinstance(value, list | tuple):
         if value and all(type(item) is int for item in value):  # token ids
@@ -75,6 +75,7 @@ def _check(value: Any, place: str, depth: int = 0) -> None:
 
 
 def _problem(value: Any) -> str | None:
+    """What keeps this one value from being sent, its parts apart."""
     if isinstance(value, str):
         half = next((c for c in value if "\ud800" <= c <= "\udfff"), None)
         return half and f"has {half!a} at {value.index(half)}, half of a character and no text"

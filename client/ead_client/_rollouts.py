@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ead_client import _html
-from ead_client._errors import MalformedAnswer
-from ead_client._types import Answered, Choice, Ints
-
-Json = dict[str, Any]
+from ead_client._types import Choice, Ints, Json, ServerModel
+from ead_client.errors import MalformedAnswer
 
 WHOLE = "application/vnd.safetensors"
 FRAMES = "application/vnd.safetensors-seq"
@@ -30,7 +28,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-class Group(Answered):
+class Group(ServerModel):
     """One prompt of a request and its answers."""
 
     index: int  # of the prompt in the request
@@ -45,7 +43,7 @@ class Group(Answered):
         return _html.answers_html(self.answers)
 
 
-class Rollouts(Answered):
+class Rollouts(ServerModel):
     """All groups, in the order of their prompts."""
 
     id: str
@@ -107,11 +105,11 @@ def _groups(
                 rollout = {**answer, **shared, **columns, "prompt_token_ids": prompt}
             text = answer.get("text") or ""
             reason = answer.get("finish_reason")
-            said = {"index": index, "text": text, "finish_reason": reason, "rollout": rollout}
-            answers.append({**said, "error": answer["error"]})
+            choice = {"index": index, "text": text, "finish_reason": reason, "rollout": rollout}
+            answers.append({**choice, "error": answer["error"]})
             number += 1
-        said = {**group, "prompt_token_ids": prompt, "answers": answers, "packed": packed}
-        yield Group.model_validate(said)
+        fields = {**group, "prompt_token_ids": prompt, "answers": answers, "packed": packed}
+        yield Group.model_validate(fields)
 
 
 def _columns(arrays: dict[str, NDArray[Any]], number: int) -> dict[str, NDArray[Any]]:

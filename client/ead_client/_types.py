@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypedDict
 
 import numpy as np
@@ -14,6 +13,9 @@ from ead_client import _html
 
 if TYPE_CHECKING:
     import torch
+
+
+Json = dict[str, Any]
 
 
 class AnnealingDict(TypedDict, total=False):
@@ -31,13 +33,14 @@ class AnnealingDict(TypedDict, total=False):
     position_offset: int  # tokens
 
 
-class Unsaid(Enum):
-    """An argument that was left out, where None says something."""
+class NotGiven:
+    """The type of `NOT_GIVEN`: an argument that was left out, where None says something."""
 
-    UNSAID = "left out"
+    def __repr__(self) -> str:
+        return "NOT_GIVEN"
 
 
-UNSAID: Final = Unsaid.UNSAID
+NOT_GIVEN: Final = NotGiven()
 
 
 def _floats(values: Any) -> Any:
@@ -52,13 +55,13 @@ Floats = Annotated[NDArray[np.float32], BeforeValidator(_floats)]
 Ints = Annotated[NDArray[np.int64], BeforeValidator(_ints)]
 
 
-class Answered(BaseModel):
-    """What a server said: unknown keys are of a newer one."""
+class ServerModel(BaseModel):
+    """What a server sends: keys that are unknown here are of a newer one."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True, extra="ignore")
 
 
-class Rollout(Answered):
+class Rollout(ServerModel):
     """What a trainer needs to know of one answer. All arrays have the same length T."""
 
     token_ids: Ints  # as sampled
@@ -107,15 +110,16 @@ class Rollout(Answered):
         }
 
     def __repr__(self) -> str:
-        return f"Rollout({', '.join(f'{name}={value}' for name, value in self._told())})"
+        return f"Rollout({', '.join(f'{name}={value}' for name, value in self._summary())})"
 
     def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
-        yield from self._told()
+        yield from self._summary()
 
     def _repr_html_(self) -> str:
         return _html.rollout_html(self)
 
-    def _told(self) -> Iterator[tuple[str, Any]]:
+    def _summary(self) -> Iterator[tuple[str, Any]]:
+        """What is worth a line, by name."""
         yield "tokens", len(self)
         if len(self):
             yield "temperatures", f"{self.temperatures.max():.3g} to {self.temperatures.min():.3g}"
@@ -124,7 +128,7 @@ class Rollout(Answered):
         yield "finish_reason", self.finish_reason
 
 
-class Choice(Answered):
+class Choice(ServerModel):
     """One generated answer."""
 
     index: int
@@ -152,7 +156,7 @@ class Choice(Answered):
         return _html.answers_html([self])
 
 
-class Answer(Answered):
+class Answer(ServerModel):
     """All choices of one call, in the order of their index: prompt by prompt, n of each."""
 
     id: str

@@ -63,7 +63,9 @@ class Script:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Client, Script]]:
     """A client whose requests go to a Script, and which does not wait between tries."""
-    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt, clock: 0.0)
+    monkeypatch.setattr(
+        ead_client._base_client.BaseClient, "_wait_before", lambda self, attempt, clock: 0.0
+    )
 
     def make(*lines: Any, **options: Any) -> tuple[Client, Script]:
         lines_ = Script(*lines)
@@ -288,7 +290,9 @@ def test_errors_before_and_inside_a_stream(script: Any) -> None:
 
 
 def test_the_async_client_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt, clock: 0.0)
+    monkeypatch.setattr(
+        ead_client._base_client.BaseClient, "_wait_before", lambda self, attempt, clock: 0.0
+    )
     lines = Script(
         error(503),
         answer(rollout=ROLLOUT),
@@ -497,8 +501,8 @@ def test_a_deadline_holds_for_all_tries_together(monkeypatch: pytest.MonkeyPatch
         waits.append(request.extensions["timeout"]["read"])
         return httpx.Response(503, json={"error": {"message": "busy"}})
 
-    monkeypatch.setattr(ead_client._client.time, "monotonic", lambda: now)
-    monkeypatch.setattr(ead_client._client.time, "sleep", pause)
+    monkeypatch.setattr(ead_client._clock.time, "monotonic", lambda: now)
+    monkeypatch.setattr(ead_client._clock.time, "sleep", pause)
     with (
         Client(
             "http://x", transport=httpx.MockTransport(busy), deadline=10.0, retries=99
@@ -513,7 +517,7 @@ def test_a_deadline_holds_for_all_tries_together(monkeypatch: pytest.MonkeyPatch
 
 def test_a_deadline_ends_a_stream_between_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(ead_client._client.time, "monotonic", lambda: now)
+    monkeypatch.setattr(ead_client._clock.time, "monotonic", lambda: now)
     event = b"data: " + json.dumps(answer()).encode() + b"\n\n"
     transport = httpx.MockTransport(lambda request: httpx.Response(200, content=event * 50))
     with Client("http://x", transport=transport, deadline=10.0) as client:

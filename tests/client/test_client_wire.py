@@ -58,7 +58,9 @@ def client_of(answer: Callable[[httpx.Request], httpx.Response], **options: Any)
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ead_client._client._Calls, "_wait_before", lambda self, attempt, clock: 0.0)
+    monkeypatch.setattr(
+        ead_client._base_client.BaseClient, "_wait_before", lambda self, attempt, clock: 0.0
+    )
 
 
 # --- every character and every number -------------------------------------------------------------

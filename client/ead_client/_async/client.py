@@ -1,0 +1,322 @@
+"""The client: its calls, and how they are sent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from ead_client._async.transport import AsyncBalancedTransport
+from ead_client._base_client import (
+    CHAT,
+    COMPLETIONS,
+    DEFAULT_TIMEOUT,
+    JSON_HEADERS,
+    Annealing,
+    BaseClient,
+    Messages,
+    Prompt,
+    Prompts,
+    is_repeatable,
+)
+from ead_client._checks import (
+    ROLLOUTS,
+    ChunkStream,
+    GroupStream,
+    check_status,
+    checked_answer,
+    json_object,
+    transport_error,
+    whole_rollouts,
+)
+from ead_client._clock import AsyncAttempt, AsyncClock
+from ead_client._json import to_json
+from ead_client._rollouts import FRAMES, WHOLE, Group, Rollouts
+from ead_client._types import NOT_GIVEN, Answer, Chunk, Json, NotGiven
+from ead_client.errors import EadError
+
+
+class AsyncClient(BaseClient):
+    """Asynchronous client. Use as a context manager (`async with`), or call `aclose`.
+
+    base_url: of one server, or of several, of which each call goes to the one with the fewest in
+    progress, see `_servers`. timeout: seconds without a byte, or httpx.Timeout. deadline: seconds
+    for a call with its connections, its retries and its whole answer. retries: further tries, with
+    growing pauses, of what is safe to send again: reads, calls with an idempotency key, and calls
+    that the server never began. model: as served. admin_api_key: for calls that change the server,
+    see `request`. compress: rollouts come compressed, a quarter smaller: for slow networks, on
+    others it takes longer than it saves.
+    """
+
+    def __init__(
+        self,
+        base_url: str | Sequence[str] = "http://127.0.0.1:30000",
+        *,
+        api_key: str | None = None,
+        admin_api_key: str | None = None,
+        timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        deadline: float | None = None,
+        retries: int = 3,
+        model: str = "default",
+        compress: bool = False,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(
+            base_url,
+            api_key=api_key,
+            admin_api_key=admin_api_key,
+            timeout=timeout,
+            deadline=deadline,
+            retries=retries,
+            model=model,
+            compress=compress,
+        )
+        if len(self.base_urls) > 1:
+            transport = AsyncBalancedTransport(self.base_urls, transport)
+        self._http = httpx.AsyncClient(transport=transport, **self._options)
+
+    def _clock(self) -> AsyncClock:
+        """Of a call that begins now."""
+        return AsyncClock(self._timeout, self._deadline)
+
+    async def chat(
+        self,
+        messages: Messages,
+        *,
+        annealing: Annealing | NotGiven = NOT_GIVEN,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> Answer:
+        """One chat request; `fields` are OpenAI's (n, max_tokens, stop, ...).
+
+        annealing: the schedule; None: none, even where the server has a default one; left out: that
+        default, if there is one.
+
+        Raises ScheduleIgnored when the answer does not show the schedule, RequestRefused for a
+        bad field, and the other errors of `ead_client`.
+        """
+        body = self._chat_body(messages, annealing, rollout, fields)
+        return checked_answer(body, await self.request("POST", CHAT, body))
+
+    async def complete(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        annealing: Annealing | NotGiven = NOT_GIVEN,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> Answer:
+        """Continue one or several prompts, each a text or token ids; n of each, in order."""
+        body = self._completion_body(annealing, rollout, {"prompt": prompt, **fields})
+        return checked_answer(body, await self.request("POST", COMPLETIONS, body))
+
+    async def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        annealing: Annealing | NotGiven = NOT_GIVEN,
+        rollout: bool | Mapping[str, bool] = False,
+        **fields: Any,
+    ) -> AsyncIterator[Chunk]:
+        """The answer piece by piece; leaving the iteration ends the generation."""
+        body = self._chat_body(messages, annealing, rollout, fields)
+        clock = self._clock()
+        check = ChunkStream(body, clock)
+        async with self.stream(CHAT, {**body, "stream": True}, clock=clock) as response:
+            async for data in response.aiter_bytes():
+                for chunk in check.feed(data):
+                    yield chunk
+        check.check_end()
+
+    async def rollouts(
+        self,
+        prompts: Prompts,
+        *,
+        n: int = 1,
+        annealing: Annealing | NotGiven = NOT_GIVEN,
+        entropies: bool = False,
+        texts: bool = True,
+        idempotency_key: str | None = None,
+        **sampling_params: Any,
+    ) -> Rollouts:
+        """n answers to each prompt, in one call, with all that a trainer needs of each token.
+
+        Prompts are texts, token ids, chat messages, or objects: {"text" | "messages" |
+        "token_ids", "prefix_token_ids", "n", "metadata"}. sampling_params: SGLang's
+        (max_new_tokens, stop, ...). One prompt's failure is its group's `error`; see
+        `Rollouts.errors`. With an idempotency_key a lost connection is retried, and the server
+        goes on where it was; without one, a lost connection ends the generation.
+        """
+        body, headers = self._rollouts_call(
+            prompts,
+            sampling_params,
+            annealing,
+            WHOLE,
+            idempotency_key,
+            n=n,
+            entropies=entropies,
+            texts=texts,
+        )
+        response = await self.request("POST", ROLLOUTS, body, headers=headers)
+        return whole_rollouts(body, response.content)
+
+    async def stream_rollouts(
+        self,
+        prompts: Prompts,
+        *,
+        n: int = 1,
+        annealing: Annealing | NotGiven = NOT_GIVEN,
+        entropies: bool = False,
+        texts: bool = True,
+        idempotency_key: str | None = None,
+        **sampling_params: Any,
+    ) -> AsyncIterator[Group]:
+        """The groups of `rollouts` as they complete, so that the first can be scored while others
+        are generated. Leaving the iteration ends the generation, unless there is a key.
+        """
+        body, headers = self._rollouts_call(
+            prompts,
+            sampling_params,
+            annealing,
+            FRAMES,
+            idempotency_key,
+            n=n,
+            entropies=entropies,
+            texts=texts,
+        )
+        clock = self._clock()
+        stream = GroupStream(body, clock)
+        async with self.stream(ROLLOUTS, body, headers, clock=clock) as response:
+            async for data in response.aiter_bytes():
+                for group in stream.feed(data):
+                    yield group
+        stream.check_end()
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        body: Json,
+        headers: Mapping[str, str] | None = None,
+        *,
+        admin: bool = False,
+        clock: AsyncClock | None = None,
+    ) -> AsyncIterator[httpx.Response]:
+        """POST to any route, for an answer that is read as it arrives; its status is checked, and
+        what breaks it later raises EadError too. It is sent again as `request` does until an answer
+        begins. admin: see `request`."""
+        headers = {**JSON_HEADERS, **self._headers(headers, admin=admin)}
+        content, clock = to_json(body), clock or self._clock()
+        repeatable = is_repeatable("POST", headers)
+
+        async def attempt() -> httpx.Response:
+            return await self._send("POST", path, content, headers, clock)
+
+        response = await self._with_retries(attempt, clock, repeatable=repeatable, once=False)
+        try:
+            with clock.reading(response):
+                yield response
+        except httpx.HTTPError as error:
+            ours = transport_error(error)
+            raise (clock.expired(after=ours) if clock.is_over else ours) from error
+        finally:
+            await response.aclose()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        *,
+        content: AsyncIterable[bytes] | bytes | None = None,
+        repeatable: bool | None = None,
+        admin: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Any route of the server. Raises EadError; see `retries`.
+
+        body: JSON. content: in its place, bytes that are sent as they come, and once only.
+        repeatable: whether doing it twice is harmless (default: for GET, and for what carries an
+        idempotency key). admin: send the admin key, if there is one: for weights, schedule, step,
+        pauses and aborts.
+        """
+        headers = self._headers(headers, admin=admin)
+        if body is not None and content is None:
+            content, headers = to_json(body), {**JSON_HEADERS, **headers}
+        once = content is not None and not isinstance(content, bytes)
+        repeatable = is_repeatable(method, headers) if repeatable is None else repeatable
+        clock = self._clock()
+
+        async def attempt() -> httpx.Response:
+            response = await self._send(method, path, content, headers, clock)
+            try:
+                with clock.reading(response):
+                    await response.aread()
+            except httpx.HTTPError as error:
+                raise transport_error(error) from error
+            finally:
+                await response.aclose()
+            return response
+
+        return await self._with_retries(attempt, clock, repeatable=repeatable, once=once)
+
+    async def _with_retries(
+        self, attempt: AsyncAttempt, clock: AsyncClock, *, repeatable: bool, once: bool
+    ) -> httpx.Response:
+        """The answer that `attempt` gives, which is made again where that is safe."""
+        tries = 0
+        while True:
+            try:
+                return await clock.run(attempt)
+            except EadError as error:
+                self._check_retry(error, tries, clock, repeatable=repeatable, once=once)
+            tries += 1
+            await clock.sleep(self._wait_before(tries, clock))
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        content: Any,
+        headers: Mapping[str, str],
+        clock: AsyncClock,
+    ) -> httpx.Response:
+        """An answer that has begun well, and is to be closed."""
+        request = self._http.build_request(
+            method,
+            path,
+            content=content,
+            headers=headers,
+            timeout=clock.timeout(),
+            extensions=clock.extensions,
+        )
+        try:
+            response = await self._http.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise transport_error(error) from error
+        if response.status_code >= 400:
+            try:
+                with clock.reading(response):
+                    await response.aread()
+                check_status(response)
+            except httpx.HTTPError as error:
+                raise transport_error(error) from error
+            finally:
+                await response.aclose()
+        return response
+
+    async def model_info(self) -> Json:
+        """SGLang's /model_info: the model's path and the weight version now served."""
+        return json_object(await self.request("GET", "/model_info"))
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
