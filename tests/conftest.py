@@ -13,10 +13,14 @@ import pytest
 import torch
 from helpers.reference import TINY_FLAGS, Reference
 from helpers.tiny import make_tiny_model
+from helpers.waiting import SCALE
 
 from ead_client import Client
 from ead_sampler import device
 from ead_server.launch.process import ServerProcess
+
+# of one test, with the server that it starts: what hangs fails, and the others go on
+os.environ.setdefault("PYTEST_TIMEOUT", str(900 * SCALE))
 
 os.environ["EAD_WEIGHTS_ROOT"] = tempfile.gettempdir()  # pytest's own folders are below it
 device.choose()  # before anything imports transformers, see ead_sampler/device.py

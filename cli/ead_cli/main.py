@@ -32,6 +32,7 @@ models = typer.Typer(help="Models that need no hub.", no_args_is_help=True)
 app.add_typer(models, name="models")
 
 
+# long, since each flag of the command is a parameter of its function
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=True,

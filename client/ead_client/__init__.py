@@ -8,7 +8,7 @@ with Client("http://127.0.0.1:30000") as client:
 from ead_client._async.client import AsyncClient
 from ead_client._rollouts import Group, Rollouts
 from ead_client._sync.client import Client
-from ead_client._types import AnnealingDict, Answer, Choice, Chunk, Rollout
+from ead_client._types import AnnealingDict, Choice, Chunk, Completion, Rollout
 from ead_client.errors import (
     ApiError,
     ConnectionFailed,
@@ -23,12 +23,12 @@ from ead_client.errors import (
 
 __all__ = [
     "AnnealingDict",
-    "Answer",
     "ApiError",
     "AsyncClient",
     "Choice",
     "Chunk",
     "Client",
+    "Completion",
     "ConnectionFailed",
     "EadError",
     "Group",

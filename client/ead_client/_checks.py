@@ -13,7 +13,7 @@ from ead_client._address import proxy_variable
 from ead_client._clock import BaseClock
 from ead_client._json import Lines
 from ead_client._rollouts import Frames, Group, Rollouts, unpack
-from ead_client._types import Answer, Chunk, Json
+from ead_client._types import Chunk, Completion, Json
 from ead_client.errors import (
     ApiError,
     ConnectionFailed,
@@ -25,7 +25,7 @@ from ead_client.errors import (
     TimedOut,
 )
 
-AnswerT = TypeVar("AnswerT", Answer, Chunk)
+CompletionT = TypeVar("CompletionT", Completion, Chunk)
 
 ROLLOUTS = "/v1/rollouts"
 
@@ -125,16 +125,16 @@ def json_object(response: httpx.Response) -> Json:
     return found
 
 
-def _parse(kind: type[AnswerT], found: Any) -> AnswerT:
+def _parse(kind: type[CompletionT], found: Any) -> CompletionT:
     try:
         return kind.model_validate(found)
     except (ValidationError, ValueError, AttributeError, TypeError) as error:
         raise MalformedAnswer(f"not a {kind.__name__.lower()}: {error}") from error
 
 
-def checked_answer(body: Json, response: httpx.Response) -> Answer:
+def checked_answer(body: Json, response: httpx.Response) -> Completion:
     """The answer, which must show that the schedule was honoured where one was asked for."""
-    answer = _parse(Answer, json_object(response))
+    answer = _parse(Completion, json_object(response))
     for choice in answer.choices:
         _check_marker(
             body,

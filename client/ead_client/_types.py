@@ -156,7 +156,7 @@ class Choice(ServerModel):
         return _html.answers_html([self])
 
 
-class Answer(ServerModel):
+class Completion(ServerModel):
     """All choices of one call, in the order of their index: prompt by prompt, n of each."""
 
     id: str
@@ -168,7 +168,7 @@ class Answer(ServerModel):
         return _html.answers_html(self.choices)
 
 
-class Chunk(Answer):
+class Chunk(Completion):
     """One piece of a streamed answer: new text, and the columns of the new tokens."""
 
     choices: list[Choice] = Field(default_factory=list)

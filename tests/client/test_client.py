@@ -532,10 +532,12 @@ def test_a_deadline_ends_a_stream_between_its_pieces(monkeypatch: pytest.MonkeyP
 # --- in notebooks, on terminals, in torch --------------------------------------------------------
 
 
-def with_tokens() -> ead_client.Answer:
+def with_tokens() -> ead_client.Completion:
     content = [{"token": text, "logprob": -1.0} for text in ("<b>", "\n")]
     rollout = {**ROLLOUT, "entropies": [0.5, 2.0], "finish_reason": "stop"}
-    return ead_client.Answer.model_validate(answer(logprobs={"content": content}, rollout=rollout))
+    return ead_client.Completion.model_validate(
+        answer(logprobs={"content": content}, rollout=rollout)
+    )
 
 
 def test_a_notebook_shows_tokens_in_colours_and_numbers_on_hover() -> None:
@@ -551,7 +553,7 @@ def test_a_notebook_shows_tokens_in_colours_and_numbers_on_hover() -> None:
     ]
     assert spans[0][1] != spans[1][1]
     # without the tokens' texts: the text, and the ids
-    plain = ead_client.Answer.model_validate(answer(rollout=ROLLOUT))._repr_html_()
+    plain = ead_client.Completion.model_validate(answer(rollout=ROLLOUT))._repr_html_()
     assert "ok<br>" in plain
     assert ">5 </span>" in plain
     failed = ead_client.Choice(index=0, text="", error={"message": "<too long>"})

@@ -528,13 +528,13 @@ def test_a_proxy_that_fails_is_named_by_its_variable(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_thinking_that_the_server_sets_apart_is_in_the_answer(name: str) -> None:
     message = {"role": "assistant", "content": None, name: "let me see"}
-    whole = ead_client.Answer.model_validate(
+    whole = ead_client.Completion.model_validate(
         {**ANSWER, "choices": [{"index": 0, "message": message, "finish_reason": "length"}]}
     )
     assert (whole.choices[0].text, whole.choices[0].reasoning) == ("", "let me see")
     piece = {"index": 0, "delta": {name: "let"}, "finish_reason": None}
     part = ead_client.Chunk.model_validate({**ANSWER, "choices": [piece]})
     assert (part.choices[0].text, part.choices[0].reasoning) == ("", "let")
-    plain = ead_client.Answer.model_validate(ANSWER)
+    plain = ead_client.Completion.model_validate(ANSWER)
     assert plain.choices[0].reasoning == ""
     assert "let me see" in whole._repr_html_()

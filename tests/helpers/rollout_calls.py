@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import httpx
 import numpy as np
+from helpers.waiting import wait_for
 
 from ead_client import (
     Client,
@@ -21,14 +21,11 @@ def running(client: Client) -> int:
 
 
 def wait_until(client: Client, wanted: Any, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not wanted(running(client)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: wanted(running(client)), timeout_s)
 
 
 def wait_until_idle(client: Client) -> None:
-    wait_until(client, lambda count: count == 0, timeout_s=8.0)
+    wait_until(client, lambda count: count == 0, timeout_s=30.0)
 
 
 def request_text(client: Client, path: str, body: Any, **headers: str) -> bytes:

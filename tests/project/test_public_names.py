@@ -8,7 +8,7 @@ import pytest
 
 PUBLIC = {
     "ead_client": """
-        AnnealingDict Answer ApiError AsyncClient Choice Chunk Client ConnectionFailed EadError
+        AnnealingDict Completion ApiError AsyncClient Choice Chunk Client ConnectionFailed EadError
         Group MalformedAnswer NotSendable RequestRefused Rollout Rollouts ScheduleIgnored
         ServerUnavailable TimedOut
     """,

@@ -213,7 +213,7 @@ def test_each_header_that_decides_is_read_once() -> None:
         scope["query_string"] = b""
         refusal = refused_headers(Settings.model_validate({}), "/x", scope, has_key=True)
         assert refusal is not None
-        assert refusal.param == name.decode()
+        assert refusal.field == name.decode()
         scope["headers"] = [(name, b"a"), (name, b"a")]
         assert refused_headers(Settings.model_validate({}), "/x", scope, has_key=True) is None
 

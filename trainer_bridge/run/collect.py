@@ -108,6 +108,11 @@ class Answer:
         return sum(len(turn) for turn in self.turns)
 
 
+def _seeds(first: int | None, offset: int, count: int) -> list[int | None]:
+    """Of the answers of one group: they count up from the request's."""
+    return [None if first is None else first + offset + number for number in range(count)]
+
+
 def _good(answers: Sequence[Answer | None], counts: Counter[str]) -> list[Answer]:
     """The answers that came; those that did not are counted."""
     counts["answers_failed"] += answers.count(None)
@@ -242,9 +247,7 @@ class Collector:
                     counts["answers_failed"] += size
                     score(group.index, [])
                     continue
-                seeds: list[int | None] = [None] * size
-                if first_seed is not None:
-                    seeds = [first_seed + group.index * size + number for number in range(size)]
+                seeds = _seeds(first_seed, group.index * size, size)
                 told = list(zip(group.answers, [step] * size, seeds, strict=False))
                 left = [choice.finish_reason for choice in group.answers].count("abort")
                 counts["continued"] += left

@@ -35,7 +35,7 @@ from ead_client._clock import Attempt, Clock
 from ead_client._json import to_json
 from ead_client._rollouts import FRAMES, WHOLE, Group, Rollouts
 from ead_client._sync.transport import BalancedTransport
-from ead_client._types import NOT_GIVEN, Answer, Chunk, Json, NotGiven
+from ead_client._types import NOT_GIVEN, Chunk, Completion, Json, NotGiven
 from ead_client.errors import EadError
 
 
@@ -89,7 +89,7 @@ class Client(BaseClient):
         annealing: Annealing | NotGiven = NOT_GIVEN,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
-    ) -> Answer:
+    ) -> Completion:
         """One chat request; `fields` are OpenAI's (n, max_tokens, stop, ...).
 
         annealing: the schedule; None: none, even where the server has a default one; left out: that
@@ -108,7 +108,7 @@ class Client(BaseClient):
         annealing: Annealing | NotGiven = NOT_GIVEN,
         rollout: bool | Mapping[str, bool] = False,
         **fields: Any,
-    ) -> Answer:
+    ) -> Completion:
         """Continue one or several prompts, each a text or token ids; n of each, in order."""
         body = self._completion_body(annealing, rollout, {"prompt": prompt, **fields})
         return checked_answer(body, self.request("POST", COMPLETIONS, body))

@@ -52,16 +52,7 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     settings.export()
     log_to_stderr()
 
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-
-    from ead_server import plugin
-
-    missing = plugin.hooks_not_in_place()
-    if missing:
-        raise SystemExit("ead: SGLang did not apply these hooks: " + ", ".join(missing))
-    _say(f"sglang {plugin.SUPPORTED_SGLANG}, {len(plugin.HOOKS)} hooks in place")
+    _put_hooks_in_place()
     if default_annealing() is not None:
         _say(f"default schedule: {json.dumps(default_annealing())}")
 
@@ -97,6 +88,19 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     finally:
         watch.stand_down()
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _put_hooks_in_place() -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+    from ead_server import plugin
+
+    missing = plugin.hooks_not_in_place()
+    if missing:
+        raise SystemExit("ead: SGLang did not apply these hooks: " + ", ".join(missing))
+    _say(f"sglang {plugin.SUPPORTED_SGLANG}, {len(plugin.HOOKS)} hooks in place")
 
 
 # SGLang asks its scheduler for these before it ends because a process died: a minute and more of
