@@ -65,6 +65,11 @@ class EadNumbers(Range):
     preset: Literal["recipe", "paper"] | None = Field(
         None, description="named decay, decay_growth and decay_cap; explicit numbers win"
     )
+    length: Tokens | None = Field(
+        None,
+        description="tokens of a usual answer: decay numbers that reach tau_min halfway, and a "
+        "warmup to match; explicit numbers win",
+    )
     decay: Tokens = Field(_DEFAULT["decay"], description="d_0, tokens")
     decay_growth: float = Field(
         _DEFAULT["decay_growth"], ge=0.0, le=1e9, description="g, tokens per training step"
@@ -74,12 +79,15 @@ class EadNumbers(Range):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, raw: Any) -> Any:
+    def _fill_from_preset_and_length(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        preset = raw.get("preset")
-        # an unknown preset is reported by its own field
-        return {**PRESETS.get(preset, {}), **raw} if isinstance(preset, str) else raw
+        preset, length = raw.get("preset"), raw.get("length")
+        taus = raw.get("tau_max", 1.2), raw.get("tau_min", 0.1)
+        # what is unknown, or no number, is reported by its own field
+        named = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        sized = {} if length is None else _sized_for(length, *taus)
+        return {**named, **sized, **raw}
 
     @property
     def decay_now(self) -> float:
@@ -91,6 +99,25 @@ class EadNumbers(Range):
 
     def bounds(self) -> tuple[float, float]:
         return min(self.tau_min, 1.0), max(self.tau_max, 1.0)
+
+
+def _sized_for(length: Any, tau_max: Any, tau_min: Any) -> dict[str, float]:
+    """Numbers with which EAD reaches tau_min at half of `length` tokens. The first eighth or so is
+    then sampled above temperature 1, as the paper's rule of thumb has it."""
+    given = (length, tau_max, tau_min)
+    if not all(isinstance(number, int | float) and 0 < number < 1e10 for number in given):
+        return {}
+    floor_at = max(length / 2, 1.0)
+    # the floor is where exp(t / d) = 1 + tau_max - tau_min
+    floor = math.log(1 + tau_max - tau_min)
+    decay = min(floor_at / floor, 1e9) if floor > 0 else floor_at
+    above_one = decay * math.log(tau_max) if tau_max > 1 else 0.0
+    return {
+        "decay": decay,
+        "decay_growth": 0.0,
+        "decay_cap": decay,
+        "warmup": min(10, int(above_one)),
+    }
 
 
 @register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -299,3 +300,29 @@ def test_a_string_of_several_tokens_is_refused_with_its_tokens() -> None:
         segment(restart_strings=["ab"]).resolved(Letters())
     with pytest.raises(AnnealingError, match="needs a tokenizer"):
         segment(restart_strings=["ab"]).resolved(None)
+
+
+@given(
+    length=st.floats(1, 1e6),
+    tau_max=st.floats(1.01, 5.0),
+    tau_min=st.floats(0.05, 1.0),
+)
+def test_a_length_makes_ead_reach_its_floor_halfway(
+    length: float, tau_max: float, tau_min: float
+) -> None:
+    """By the paper's formula, solved for d at t = length / 2 in float64."""
+    raw = {"length": length, "tau_max": tau_max, "tau_min": tau_min}
+    schedule = parse_annealing(raw)
+    half = max(length / 2, 1.0)
+    assert 1 + tau_max - math.exp(half / schedule.decay) == pytest.approx(tau_min, abs=1e-9)
+    assert schedule.decay_now == schedule.decay
+    assert schedule.warmup <= min(10, half)
+    again = parse_annealing(schedule.model_dump())  # as it travels, and comes back
+    assert again == schedule
+    assert parse_annealing({**raw, "decay": 7.0, "warmup": 3}).decay == 7.0
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0, "0.001"), ("64", "number"), (1e12, "1e")])
+def test_a_length_that_is_none_is_refused_by_its_name(length: Any, wanted: str) -> None:
+    with pytest.raises(AnnealingError, match=rf"annealing\.length: .*{re.escape(wanted)}"):
+        parse_annealing({"length": length})
