@@ -207,7 +207,7 @@ def test_images_hold_the_project_and_no_keys_of_the_checkout() -> None:
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    needed |= {"Makefile", "README.md", "pyproject.toml", "requirements-cpu.txt"}
+    needed |= {"LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements-cpu.txt"}
     needed |= {"docker/with-keys.sh"}
     assert sent_to_docker(needed) == needed
 

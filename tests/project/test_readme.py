@@ -13,8 +13,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) == 4
+def test_it_is_short_and_has_something_to_run() -> None:
+    assert len(BLOCKS) == 2
+    assert len(README.split()) <= 700
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -30,10 +31,11 @@ def test_the_readme_runs(
         ),
         {},
     )
-    if "print(" in block:
-        # the temperature of the first token, as Python (1.0) or numpy (1.) prints it;
-        # an answer may be that one token: "[1.]"
-        assert re.search(r"(?<![-.\d])1\.0?[\s\],]", capsys.readouterr().out)
+    # the temperature of the first token, as Python (1.0) or numpy (1.) prints it
+    printed = capsys.readouterr().out
+    assert re.search(r"(?<![-.\d])1\.0*[\s\],]", printed)
+    if printed.count("\n") > 3:  # a random model may end its answer before it falls
+        assert re.search(r"(?<![-.\d])0\.[1-9]", printed)
 
 
 def test_make_targets_that_the_readme_names_exist() -> None:

@@ -79,12 +79,12 @@ def test_settings_survive_being_written_down() -> None:
     assert again.model_dump(mode="json") == config.model_dump(mode="json")
 
 
-def test_the_readme_names_every_section() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_documentation_names_every_section() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
     kinds = {name: field.annotation for name, field in TrainConfig.model_fields.items()}
     sections = [k for k, kind in kinds.items() if isinstance(kind, type) and kind not in (int, str)]
     assert len(sections) > 10
-    assert not [name for name in sections if f"`{name}`" not in readme]
+    assert not [name for name in sections if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize(
