@@ -181,7 +181,7 @@ def test_a_client_that_leaves_is_no_bad_request(monkeypatch: pytest.MonkeyPatch)
         "EAD_SETTINGS", Settings.model_validate({"log_format": "off"}).model_dump_json()
     )
     told: list[Call] = []
-    monkeypatch.setattr("ead_server.edge.guard.tell", told.append)
+    monkeypatch.setattr("ead_server.edge.guard.record", told.append)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
