@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 from helpers.serving import expected_temperatures
+from helpers.waiting import wait_for
 from safetensors.numpy import load_file
 
 from ead_client import Client, Rollout
@@ -94,10 +95,12 @@ def test_the_example_runs(command: str, says: str, server: ServerProcess, tmp_pa
 
 def test_the_example_of_serve_answers(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "ead_cli.main", *example_of("serve"))
-    with ServerProcess([], tmp_path / "server.log", command=command) as server:
+    log = tmp_path / "server.log"
+    with ServerProcess([], log, command=command) as server:
         server.wait_until_ready()
         with Client(server.url) as client:
             assert client.complete("2+3=", annealing={}, max_tokens=4).choices[0].text
+        wait_for(lambda: f"ready at {server.url} (no key is needed)" in log.read_text())
 
 
 def test_the_shell_completes_commands_and_flags() -> None:

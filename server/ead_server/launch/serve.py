@@ -15,7 +15,7 @@ from ead_server.calls import log_to_stderr
 from ead_server.edge.headers import is_loopback
 from ead_server.launch import flags
 from ead_server.launch.process import hold_port
-from ead_server.lifecycle import shutdown, watch
+from ead_server.lifecycle import shutdown, state, watch
 from ead_server.settings import Settings, current
 
 DEFAULT_MODEL = "smollm2"
@@ -153,6 +153,16 @@ def warm_up(original: Callable[..., None], *args: Any, **keys: Any) -> None:
     key = settings.warm_up_key
     with get_serving().override(api_key=key, admin_api_key=key):
         original(*args, **keys)
+    if not state.starting():
+        _say(_ready_line(args[0], settings))
+
+
+def _ready_line(server_args: Any, settings: Settings) -> str:
+    """Where the server listens, and what a person may open there."""
+    host = f"[{server_args.host}]" if ":" in server_args.host else server_args.host
+    url = f"{'https' if server_args.ssl_certfile else 'http'}://{host}:{server_args.port}"
+    key = "no key is needed" if settings.api_key is None else "calls need the API key"
+    return f"ready at {url} ({key}); schedules are drawn at {url}/annealing, routes at {url}/docs"
 
 
 def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:
