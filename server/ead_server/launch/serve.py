@@ -154,11 +154,12 @@ def warm_up(original: Callable[..., None], *args: Any, **keys: Any) -> None:
     with get_serving().override(api_key=key, admin_api_key=key):
         original(*args, **keys)
     if not state.starting():
-        _say(_ready_line(args[0], settings))
+        _say(_ready_line(state.manager(), settings))
 
 
-def _ready_line(server_args: Any, settings: Settings) -> str:
+def _ready_line(manager: Any, settings: Settings) -> str:
     """Where the server listens, and what a person may open there."""
+    server_args = manager.server_args
     host = f"[{server_args.host}]" if ":" in server_args.host else server_args.host
     url = f"{'https' if server_args.ssl_certfile else 'http'}://{host}:{server_args.port}"
     key = "no key is needed" if settings.api_key is None else "calls need the API key"
