@@ -24,6 +24,7 @@ from helpers.waiting import wait_for
 
 from ead_client import Client, EadError
 from ead_server import media_types
+from ead_server.edge import health
 from ead_server.launch.process import ServerProcess
 from ead_server.rollouts import packing, routes
 from ead_server.rollouts.job import Group, Job
@@ -75,6 +76,7 @@ def test_others_are_answered_while_a_large_call_is_read_or_written(
     monkeypatch.setattr(routes, "_kept", KeptJobs())
     app = FastAPI()
     app.include_router(routes.router)
+    app.include_router(health.router)
     app.is_single_tokenizer_mode = True  # type: ignore[attr-defined]
     body = orjson.dumps({"prompts": [[7] * 200_000]})
 
