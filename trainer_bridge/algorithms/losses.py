@@ -46,10 +46,11 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each token, and whether clipping touched it: float [N], bool [N].
 
-    Each kind's formula stands at its function below, with b(r) = min(max(r, 1 - clip_low),
-    1 + clip_high) and sg = no gradient through. `clipped` is where the loss's gradient is 0 because
-    of a bound or a selection; for cispo, where a bound holds, and the gradient is that of the
-    bounded weight.
+    Each kind's function below says its formula, with b(r) = min(max(r, 1 - clip_low),
+    1 + clip_high) and sg = no gradient through. They are given log_ratio = log r, float [N] with
+    gradient, advantages without gradient, and return the same. `clipped` is where the loss's
+    gradient is 0 because of a bound or a selection; for cispo, where a bound holds, and the
+    gradient is that of the bounded weight.
 
     logprobs: float [N], with gradient. old_logprobs, advantages: float [N], taken as constants.
     sequence_ids: int [N], which answer a token belongs to: for gspo every answer must be whole.
@@ -59,19 +60,21 @@ def policy_loss(
     log_ratio = logprobs - old_logprobs.detach()
     match config:
         case ClipLossConfig():
-            return _clip(log_ratio, advantages, config)
+            return clip_loss(log_ratio, advantages, config)
         case CispoLossConfig():
-            return _cispo(logprobs, log_ratio, advantages, config)
+            return cispo_loss(logprobs, log_ratio, advantages, config)
         case GspoLossConfig():
-            return _gspo(logprobs, log_ratio, advantages, sequence_ids, config)
+            return gspo_loss(logprobs, log_ratio, advantages, sequence_ids, config)
     if selected is None:
         raise ValueError(f"{config.kind} needs selected=covariance_tokens(...)")
     if isinstance(config, ClipCovLossConfig):
-        return _clip_cov(log_ratio, advantages, selected, config)
-    return _kl_cov(log_ratio, advantages, selected, config)
+        return clip_cov_loss(log_ratio, advantages, selected, config)
+    return kl_cov_loss(log_ratio, advantages, selected, config)
 
 
-def _clip(log_ratio: Tensor, advantages: Tensor, config: ClipLossConfig) -> tuple[Tensor, Tensor]:
+def clip_loss(
+    log_ratio: Tensor, advantages: Tensor, config: ClipLossConfig
+) -> tuple[Tensor, Tensor]:
     """-min(r A, b(r) A) (PPO, arXiv 1707.06347; unequal bounds: DAPO, 2503.14476), and for A < 0 at
     most -dual_clip * A (arXiv 1912.09729)."""
     loss, clipped = _bounded_loss(_ratio(log_ratio), advantages, config)
@@ -82,7 +85,7 @@ def _clip(log_ratio: Tensor, advantages: Tensor, config: ClipLossConfig) -> tupl
     return loss, clipped
 
 
-def _cispo(
+def cispo_loss(
     logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, config: CispoLossConfig
 ) -> tuple[Tensor, Tensor]:
     """-sg(b(r)) A log pi (arXiv 2506.13585): no token loses its gradient."""
@@ -91,7 +94,7 @@ def _cispo(
     return -bounded.detach() * advantages * logprobs, bounded != ratio
 
 
-def _gspo(
+def gspo_loss(
     logprobs: Tensor,
     log_ratio: Tensor,
     advantages: Tensor,
@@ -110,7 +113,7 @@ def _gspo(
     return _bounded_loss(_ratio(log_ratio), advantages, config)
 
 
-def _clip_cov(
+def clip_cov_loss(
     log_ratio: Tensor, advantages: Tensor, selected: Tensor, config: ClipCovLossConfig
 ) -> tuple[Tensor, Tensor]:
     """-min(r A, b(r) A), and 0 for the selected tokens (arXiv 2505.22617)."""
@@ -118,7 +121,7 @@ def _clip_cov(
     return loss * ~selected, clipped | selected
 
 
-def _kl_cov(
+def kl_cov_loss(
     log_ratio: Tensor, advantages: Tensor, selected: Tensor, config: KlCovLossConfig
 ) -> tuple[Tensor, Tensor]:
     """-r A, plus kl_cov_coefficient * |log r| for the selected tokens, where the paper (arXiv
