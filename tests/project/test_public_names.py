@@ -17,7 +17,8 @@ PUBLIC = {
     """,
     "ead_server": "ServerFailed ServerProcess",
     "trainer_bridge": """
-        AdvantageConfig Async Batched CorrectionConfig EvaluationConfig LossConfig ModelConfig
+        AdvantageConfig Async Batched CispoLossConfig ClipCovLossConfig ClipLossConfig
+        CorrectionConfig EvaluationConfig GspoLossConfig KlCovLossConfig LossConfig ModelConfig
         OptimizerConfig Policy Problem RewardConfig RewardFailure RewardRunner RolloutBatch Sample
         ScoredAnswers SyncConfig Task TaskConfig TokenLogprobs TrainConfig Trainer UpdateConfig
         advantages aggregation_weights correction_metrics correction_weights evaluate

@@ -15,7 +15,7 @@ from helpers.updates import answers
 
 from trainer_bridge.algorithms.advantages import AdvantageConfig
 from trainer_bridge.algorithms.corrections import CorrectionConfig
-from trainer_bridge.algorithms.losses import LossConfig
+from trainer_bridge.algorithms.loss_config import ClipLossConfig
 from trainer_bridge.errors import BadConfig
 from trainer_bridge.policy import ranks
 from trainer_bridge.policy.policy import LoraConfig, ModelConfig, Policy, load_policy
@@ -44,7 +44,7 @@ def trainer_of(policy: Policy, **optimizer: Any) -> Trainer:
         optimizer=OptimizerConfig(**{"learning_rate": 1e-2, "warmup_updates": 5, **optimizer}),
         update=UpdateConfig(),
         advantage=AdvantageConfig(),
-        loss=LossConfig(),
+        loss=ClipLossConfig(),
         correction=CorrectionConfig(),
         max_new_tokens=16,
     )

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from helpers.paths import ROOT
 
+from trainer_bridge.algorithms.loss_config import CispoLossConfig, ClipLossConfig
 from trainer_bridge.errors import BadConfig
 from trainer_bridge.run.config import TrainConfig, read_config
+from trainer_bridge.run.report import changes
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 
@@ -48,6 +50,11 @@ def test_a_single_setting_is_toml_or_else_a_string() -> None:
         (["optimizer.learning_rate=nan"], r"optimizer.learning_rate: .*finite number"),
         (["rollout.samples_per_prompt=1"], r"rollout.samples_per_prompt: .*equal to 2, got 1"),
         (["loss.kind=ppo"], r"loss.kind: .*'clip', 'cispo', 'gspo'.*, got 'ppo'"),
+        (["loss.kind=ppo"], r"^loss.kind: .*, got 'ppo'$"),  # and nothing else
+        (["loss.kind=[1]"], r"^loss.kind: .*'clip_cov' or 'kl_cov', got \[1\]$"),
+        (["loss=3"], r"loss: .*valid dictionary.*, got 3"),
+        (["loss.kind=gspo", "loss.clip_low=2"], r"^loss.clip_low: .*equal to 1, got 2$"),
+        (["loss.clip_high=-1"], r"^loss.clip_high: .*equal to 0, got -1$"),
         (["rollout.temperature=1"], r"rollout.temperature: Extra inputs are not permitted"),
         (["steps=2", "steps.x=1"], r"steps.x: steps is not a section"),
         (["nowhere.toml"], r"cannot read nowhere.toml: No such file"),
@@ -58,6 +65,42 @@ def test_a_single_setting_is_toml_or_else_a_string() -> None:
 def test_what_is_wrong_is_refused_with_what_is_allowed(arguments: list[str], says: str) -> None:
     with pytest.raises(BadConfig, match=says):
         read_config(arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "others"),
+    [
+        ("clip", "covariance_share=0.1", "clip_low, clip_high, dual_clip"),
+        ("cispo", "dual_clip=3", "clip_low, clip_high"),
+        ("gspo", "covariance_share=0.1", "clip_low, clip_high"),
+        ("clip_cov", "dual_clip=3", "clip_low, clip_high, covariance_share, covariance_low, "),
+        ("kl_cov", "clip_low=0.2", "covariance_share, kl_cov_coefficient"),
+    ],
+)
+def test_a_setting_that_a_kind_of_loss_never_reads_is_refused_with_those_it_does(
+    kind: str, setting: str, others: str
+) -> None:
+    """Beside what else is wrong there. Without a kind, it is "clip"."""
+    arguments = [f"loss.{setting}", "loss.entropy_coefficient=x"]
+    arguments += [f"loss.kind={kind}"] if kind != "clip" else []
+    name, _, value = setting.partition("=")
+    with pytest.raises(BadConfig) as refused:
+        read_config(arguments)
+    entropy, unknown = sorted(str(refused.value).splitlines(), key=lambda line: name in line)
+    assert entropy.startswith("loss.entropy_coefficient: ")
+    assert entropy.endswith(", got 'x'")
+    assert unknown.startswith(f"loss.{name}: kind '{kind}' has no such setting (allowed: kind, ")
+    assert f"selective_entropy_quantile, {others}" in unknown
+    assert unknown.endswith(f"), got {value}")
+
+
+def test_a_loss_without_a_kind_is_clip(tmp_path: Path) -> None:
+    assert read_config(["loss.kl_coefficient=0.1"]).loss == ClipLossConfig(kl_coefficient=0.1)
+    file = tmp_path / "run.toml"
+    file.write_text("[loss]\nclip_high = 0.3\n")
+    assert read_config([str(file)]).loss == ClipLossConfig(clip_high=0.3)
+    changed = read_config([str(file), "loss.kind=cispo"]).loss
+    assert changed == CispoLossConfig(clip_high=0.3)
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
@@ -72,17 +115,22 @@ def test_examples_are_settings(file: Path) -> None:
     assert read_config([str(file)]).task.build().problem(0).messages
 
 
-def test_settings_survive_being_written_down() -> None:
+@pytest.mark.parametrize("kind", ["clip", "cispo", "gspo", "clip_cov", "kl_cov"])
+def test_settings_survive_being_written_down(tmp_path: Path, kind: str) -> None:
     """config.json of a run says everything that is needed to make it again."""
-    config = read_config(["loss.kind=gspo", "correction.cap=0", "model.lora={rank=4}"])
+    config = read_config([f"loss.kind={kind}", "correction.cap=0", "model.lora={rank=4}"])
+    written = config.model_dump(mode="json")
     again = TrainConfig.model_validate(json.loads(config.model_dump_json()))
-    assert again.model_dump(mode="json") == config.model_dump(mode="json")
+    assert again.model_dump(mode="json") == written
+    assert again.loss == config.loss
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert changes(tmp_path, again.model_dump(mode="json")) == []
 
 
 def test_the_documentation_names_every_section() -> None:
     page = (ROOT / "docs" / "training.md").read_text()
-    kinds = {name: field.annotation for name, field in TrainConfig.model_fields.items()}
-    sections = [k for k, kind in kinds.items() if isinstance(kind, type) and kind not in (int, str)]
+    kinds = {name: type(field.default) for name, field in TrainConfig.model_fields.items()}
+    sections = [name for name, kind in kinds.items() if kind not in (int, str)]
     assert len(sections) > 10
     assert not [name for name in sections if f"`{name}`" not in page]
 

@@ -26,7 +26,8 @@ from trainer_bridge.algorithms.corrections import (
     correction_metrics,
     correction_weights,
 )
-from trainer_bridge.algorithms.losses import LossConfig, policy_loss
+from trainer_bridge.algorithms.loss_config import ClipLossConfig
+from trainer_bridge.algorithms.losses import policy_loss
 
 Prefix = tuple[int, ...]
 TAUS = (1.3, 0.7, 0.4)
@@ -82,7 +83,9 @@ class World:
         config = CorrectionConfig(**settings)
         log_pi, log_mu = self.packed(tempered), self.packed(tempered=True).detach()
         weights = correction_weights(log_pi.detach(), log_mu, IDS, config)
-        loss, clipped = policy_loss(log_pi, log_pi.detach(), self.returns[IDS], IDS, LossConfig())
+        loss, clipped = policy_loss(
+            log_pi, log_pi.detach(), self.returns[IDS], IDS, ClipLossConfig()
+        )
         assert not clipped.any()
         return -log_pi.new_zeros(len(ANSWERS)).index_add(0, IDS, weights * loss)
 
@@ -160,7 +163,9 @@ def test_uncapped_sequence_weights_make_any_loss_that_of_pi_old(world: World) ->
         pi_old = world.answers()
         mu, log_mu = world.answers(tempered=True), world.packed(tempered=True)
         world.logits += 0.5 * World(seed=1).logits
-    loss, clipped = policy_loss(world.packed(), old, world.returns[IDS] - 0.5, IDS, LossConfig())
+    loss, clipped = policy_loss(
+        world.packed(), old, world.returns[IDS] - 0.5, IDS, ClipLossConfig()
+    )
     assert clipped.any()
     weights = correction_weights(old, log_mu, IDS, CorrectionConfig(kind="sequence", cap=0))
     got, want = (mu[IDS] * weights * loss).sum(), (pi_old[IDS] * loss).sum()
@@ -203,7 +208,9 @@ def test_what_mu_cannot_choose_is_left_out_and_the_rest_as_theory_says(
     kept = torch.arange(3)
     log_mu = (logits.detach()[kept] / 1.3).log_softmax(0)
     weights = correction_weights(log_pi[kept].detach(), log_mu, kept, CorrectionConfig(**settings))
-    loss, _ = policy_loss(log_pi[kept], log_pi[kept].detach(), torch.ones(3), kept, LossConfig())
+    loss, _ = policy_loss(
+        log_pi[kept], log_pi[kept].detach(), torch.ones(3), kept, ClipLossConfig()
+    )
     (got,) = torch.autograd.grad((log_mu.exp() * weights * -loss).sum(), logits)
     pi = log_pi.exp().detach()
     want = torch.zeros(5, dtype=torch.float64)
@@ -250,7 +257,7 @@ def test_products_up_to_the_token_are_exact_for_values_of_pi_and_not_for_returns
         values.append((pi * world.returns)[mine].sum() / pi[mine].sum())
 
     def expected(advantages: Tensor) -> Tensor:
-        loss, _ = policy_loss(log_pi, old, advantages, IDS, LossConfig())
+        loss, _ = policy_loss(log_pi, old, advantages, IDS, ClipLossConfig())
         (result,) = torch.autograd.grad(
             -(mu[IDS] * weights * loss).sum(), world.logits, retain_graph=True
         )
@@ -330,7 +337,7 @@ def test_sampled_updates_have_the_mean_and_variance_of_theory(
     log_pi, log_mu = world.packed()[tokens], world.packed(tempered=True).detach()[tokens]
     old = log_pi.detach()
     weights = correction_weights(old, log_mu, ids, CorrectionConfig(**settings))
-    loss, _ = policy_loss(log_pi, old, world.returns[drawn][ids], ids, LossConfig())
+    loss, _ = policy_loss(log_pi, old, world.returns[drawn][ids], ids, ClipLossConfig())
     got = world.gradient(-(weights * loss).sum() / count)
 
     mean, square = world.theory(weight)

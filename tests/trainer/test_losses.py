@@ -12,11 +12,18 @@ import torch
 from helpers.trainers import functions, padded
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from trainer_bridge.algorithms.losses import (
+from trainer_bridge.algorithms.loss_config import (
+    CispoLossConfig,
+    ClipCovLossConfig,
+    ClipLossConfig,
+    GspoLossConfig,
+    KlCovLossConfig,
     LossConfig,
+)
+from trainer_bridge.algorithms.losses import (
     aggregation_weights,
     covariance_tokens,
     kl_estimate,
@@ -28,6 +35,7 @@ from trainer_bridge.algorithms.losses import (
 )
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+LOSS = TypeAdapter[LossConfig](LossConfig)
 
 
 def batch(seed: int = 0, spread: float = 0.4, count: int = 6) -> dict[str, Tensor]:
@@ -78,7 +86,7 @@ def test_the_clipped_loss_equals_its_formula(
         torch.tensor([old], dtype=torch.float64),
         torch.tensor([advantage], dtype=torch.float64),
         torch.zeros(1, dtype=torch.int64),
-        LossConfig(clip_low=low, clip_high=high, dual_clip=dual),
+        ClipLossConfig(clip_low=low, clip_high=high, dual_clip=dual),
     )
     ratio = math.exp(pi - old)
     bounded = min(max(ratio, 1 - low), 1 + high)
@@ -100,15 +108,15 @@ def test_no_ratio_however_extreme_gives_anything_but_numbers() -> None:
     logprobs = torch.tensor([-1000.0, -0.1, -1000.0, -0.1], requires_grad=True)
     old = torch.tensor([-0.1, -1000.0, -0.1, -1000.0])
     advantages = torch.tensor([1.0, 1.0, -1.0, 0.0])
-    for kind in ("clip", "cispo", "gspo"):
-        loss, _ = policy_loss(logprobs, old, advantages, torch.arange(4), LossConfig(kind=kind))
+    for config in (ClipLossConfig(), CispoLossConfig(), GspoLossConfig()):
+        loss, _ = policy_loss(logprobs, old, advantages, torch.arange(4), config)
         assert torch.isfinite(loss).all()
         assert torch.isfinite(gradient(loss.sum(), logprobs)).all()
 
 
 def test_cispo_keeps_the_gradient_of_every_token_at_its_bounded_weight() -> None:
     given_ = batch(1, spread=1.0)
-    config = LossConfig(kind="cispo", clip_low=0.5, clip_high=0.7)
+    config = CispoLossConfig(clip_low=0.5, clip_high=0.7)
     loss, clipped = policy_loss(**given_, config=config)
     ratio = (given_["logprobs"] - given_["old_logprobs"]).exp().detach()
     bounded = ratio.clamp(0.5, 1.7)
@@ -123,7 +131,7 @@ def test_gspo_has_value_and_gradient_of_its_sequence_form() -> None:
     given_ = batch(2, spread=0.6)
     ids = given_["sequence_ids"]
     given_["advantages"] = per_answer(given_["advantages"], ids)
-    config = LossConfig(kind="gspo", clip_low=0.1, clip_high=0.15)
+    config = GspoLossConfig(clip_low=0.1, clip_high=0.15)
     assert config.aggregation == "seq-mean-token-mean"
     loss, clipped = policy_loss(**given_, config=config)
     got = (aggregation_weights(ids, config.aggregation) * loss).sum()
@@ -147,7 +155,7 @@ def test_gspo_has_value_and_gradient_of_its_sequence_form() -> None:
 def test_gspo_weighs_each_tokens_own_advantage_by_its_answers_ratio() -> None:
     given_ = batch(3)
     ids = given_["sequence_ids"]
-    config = LossConfig(kind="gspo", clip_low=1, clip_high=100)
+    config = GspoLossConfig(clip_low=1, clip_high=100)
     loss, _ = policy_loss(**given_, config=config)
     log_ratio = (given_["logprobs"] - given_["old_logprobs"]).detach()
     ratio = torch.stack([log_ratio[ids == answer].mean().exp() for answer in ids.unique()])[ids]
@@ -161,7 +169,7 @@ def covariances(given_: dict[str, Tensor]) -> Tensor:
 
 def test_kl_cov_penalises_the_tokens_of_highest_covariance() -> None:
     given_ = batch(4, count=40)
-    config = LossConfig(kind="kl_cov", covariance_share=0.1, kl_cov_coefficient=0.7)
+    config = KlCovLossConfig(covariance_share=0.1, kl_cov_coefficient=0.7)
     selected = covariance_tokens(given_["old_logprobs"], given_["advantages"], config)
     size = len(selected)
     best = sorted(range(size), key=lambda t: -covariances(given_)[t])[: int(0.1 * size)]
@@ -183,9 +191,7 @@ def test_clip_cov_drops_tokens_drawn_from_a_band_of_covariances() -> None:
     """Every token of the band is drawn about equally often: 200 draws of 5 of the band's tokens,
     each within 6 standard deviations of its expectation (false alarm below 1e-7)."""
     given_ = batch(5, count=60)
-    config = LossConfig(
-        kind="clip_cov", covariance_share=5 / 300, covariance_low=0.1, covariance_high=0.8
-    )
+    config = ClipCovLossConfig(covariance_share=5 / 300, covariance_low=0.1, covariance_high=0.8)
     inside = (covariances(given_) > 0.1) & (covariances(given_) < 0.8)
     chosen = int(config.covariance_share * len(inside))
     generator = torch.Generator().manual_seed(0)
@@ -202,19 +208,21 @@ def test_clip_cov_drops_tokens_drawn_from_a_band_of_covariances() -> None:
     assert ((counts[inside] - 200 * share).abs() < 6 * deviation).all()
 
     loss, clipped = policy_loss(**given_, config=config, selected=selected)
-    plain, held = policy_loss(**given_, config=LossConfig(dual_clip=0))
+    plain, held = policy_loss(**given_, config=ClipLossConfig(dual_clip=0))
     assert torch.equal(loss, torch.where(selected, 0.0, plain))
     assert torch.equal(clipped, held | selected)
 
 
 def test_a_selection_is_never_empty_handed_nor_forgotten() -> None:
     given_ = batch(6)
-    config = LossConfig(kind="kl_cov")  # 2e-4 of some thirty tokens
+    config = KlCovLossConfig()  # 2e-4 of some thirty tokens
     selected = covariance_tokens(given_["old_logprobs"], given_["advantages"], config)
     assert selected.sum() == 1
-    nothing = LossConfig(kind="clip_cov", covariance_low=50, covariance_high=60)
+    nothing = ClipCovLossConfig(covariance_low=50, covariance_high=60)
     assert not covariance_tokens(given_["old_logprobs"], given_["advantages"], nothing).any()
-    assert not covariance_tokens(given_["old_logprobs"], given_["advantages"], LossConfig()).any()
+    assert not covariance_tokens(
+        given_["old_logprobs"], given_["advantages"], ClipLossConfig()
+    ).any()
     with pytest.raises(ValueError, match="selected"):
         policy_loss(**given_, config=config)
 
@@ -239,19 +247,31 @@ def test_aggregates_are_the_means_they_are_named_after(lengths: list[int], most:
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
-@pytest.mark.parametrize("kind", ["clip", "cispo", "gspo", "clip_cov", "kl_cov"])
-def test_micro_batches_add_up_to_the_batch(kind: Any, how: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "selection"),
+    [
+        ("clip", {}),
+        ("cispo", {}),
+        ("gspo", {}),
+        ("clip_cov", {"covariance_share": 0.2, "covariance_low": 0.0}),
+        ("kl_cov", {"covariance_share": 0.2}),
+    ],
+)
+def test_micro_batches_add_up_to_the_batch(
+    kind: str, selection: dict[str, float], how: str
+) -> None:
     """Gradients of whole answers one by one, against all at once: equal to rounding."""
     given_ = batch(7)
     logprobs, ids = given_["logprobs"], given_["sequence_ids"]
-    config = LossConfig(
-        kind=kind,
-        aggregation=how,
-        covariance_share=0.2,
-        covariance_low=0.0,
-        kl_coefficient=0.1,
-        entropy_coefficient=0.02,
-        selective_entropy_coefficient=0.3,
+    config = LOSS.validate_python(
+        {
+            "kind": kind,
+            "aggregation": how,
+            "kl_coefficient": 0.1,
+            "entropy_coefficient": 0.02,
+            "selective_entropy_coefficient": 0.3,
+            **selection,
+        }
     )
     selected = covariance_tokens(given_["old_logprobs"], given_["advantages"], config)
     weights = aggregation_weights(ids, how, max_tokens=10)
@@ -337,7 +357,7 @@ def test_gradients_of_the_estimators_in_the_reward(
     ids = torch.arange(5)
 
     def expected(kind: Any) -> Tensor:
-        config = LossConfig(kl_coefficient=2.0, kl_estimator=kind, kl_in="reward")
+        config = ClipLossConfig(kl_coefficient=2.0, kl_estimator=kind, kl_in="reward")
         penalty = kl_penalties(log_pi, reference, ids, config) / 2.0
         assert not penalty.requires_grad
         return gradient((log_pi.exp().detach() * penalty * log_pi).sum(), logits)
@@ -352,7 +372,7 @@ def test_gradients_of_the_estimators_in_the_reward(
 
 def test_an_answers_kl_penalty_sums_its_tokens() -> None:
     given_ = batch(8)
-    config = LossConfig(kl_coefficient=0.5, kl_estimator="k1", kl_in="reward")
+    config = ClipLossConfig(kl_coefficient=0.5, kl_estimator="k1", kl_in="reward")
     got = kl_penalties(given_["logprobs"], given_["old_logprobs"], given_["sequence_ids"], config)
     for answer, penalty in enumerate(got.tolist()):
         mine = given_["sequence_ids"] == answer
@@ -367,11 +387,11 @@ def test_regularisation_is_kl_less_entropy() -> None:
         given_["old_logprobs"],
         given_["advantages"],
     )
-    config = LossConfig(kl_coefficient=0.3, kl_estimator="k3", entropy_coefficient=0.2)
+    config = ClipLossConfig(kl_coefficient=0.3, kl_estimator="k3", entropy_coefficient=0.2)
     got = regularisation(logprobs, entropies, config, reference)
     difference = logprobs - reference
     assert torch.allclose(got, 0.3 * ((-difference).exp() - 1 + difference) - 0.2 * entropies)
-    assert torch.equal(regularisation(logprobs, entropies, LossConfig()), torch.zeros_like(got))
+    assert torch.equal(regularisation(logprobs, entropies, ClipLossConfig()), torch.zeros_like(got))
     in_reward = config.model_copy(update={"kl_in": "reward"})
     assert torch.allclose(regularisation(logprobs, entropies, in_reward), -0.2 * entropies)
     with pytest.raises(ValueError, match="reference"):
@@ -386,7 +406,7 @@ def test_peak_entropies_are_pulled_to_the_anchor() -> None:
     entropies = torch.tensor(
         [0.1, 2.0, 0.5, 3.0, 0.2, 1.0], dtype=torch.float64, requires_grad=True
     )
-    config = LossConfig(selective_entropy_coefficient=0.5, selective_entropy_quantile=0.5)
+    config = ClipLossConfig(selective_entropy_coefficient=0.5, selective_entropy_quantile=0.5)
     mean, threshold = peak_entropy(entropies, 0.5)
     assert (mean.item(), threshold.item()) == (2.0, 1.0)
     got = selective_entropy_loss(entropies, 1.2, config)
@@ -400,32 +420,43 @@ def test_peak_entropies_are_pulled_to_the_anchor() -> None:
 
 
 def test_defaults_are_those_of_the_kinds_paper() -> None:
-    clip, cispo, gspo = (LossConfig(kind=kind) for kind in ("clip", "cispo", "gspo"))
+    clip, cispo, gspo = ClipLossConfig(), CispoLossConfig(), GspoLossConfig()
     assert (clip.clip_low, clip.clip_high, clip.aggregation) == (0.2, 0.28, "token-mean")
     assert (cispo.clip_low, cispo.clip_high) == (1, 4)
     assert (gspo.clip_low, gspo.clip_high) == (3e-4, 4e-4)
-    assert LossConfig(kind="gspo", clip_low=0.1).clip_low == 0.1
-    for config in (clip, cispo, gspo):  # a run's resolved settings read back as themselves
-        assert LossConfig(**config.model_dump()) == config
+    assert gspo.aggregation == "seq-mean-token-mean"
+    assert GspoLossConfig(clip_low=0.1).clip_low == 0.1
+    assert LOSS.validate_python({}) == clip
+    for config in (clip, cispo, gspo, ClipCovLossConfig(), KlCovLossConfig()):
+        assert LOSS.validate_python({"kind": config.kind}) == config
+        # a run's resolved settings read back as themselves
+        assert LOSS.validate_python(config.model_dump()) == config
+        assert LOSS.validate_json(config.model_dump_json()) == config
 
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
         ({"kl_coefficient": 0.1, "kl_estimator": "k1"}, "does not depend on the reference"),
-        ({"covariance_low": 6.0}, "covariance_low"),
+        ({"kind": "clip_cov", "covariance_low": 6.0}, "covariance_low must not be above"),
         ({"clip_low": 1.5}, "clip_low"),
         ({"clip_high": float("nan")}, "clip_high"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"kind": "ppo"}, "kind"),
         ({"cliphigh": 0.3}, "cliphigh"),
+        # what a kind never reads
+        ({"kind": "gspo", "covariance_share": 0.1}, "'gspo' has no such setting"),
+        ({"kind": "cispo", "dual_clip": 3.0}, "'cispo' has no such setting"),
+        ({"kind": "clip_cov", "kl_cov_coefficient": 1.0}, "'clip_cov' has no such setting"),
+        ({"kind": "kl_cov", "clip_low": 0.2}, "'kl_cov' has no such setting"),
+        ({"covariance_low": 1.0}, "'clip' has no such setting"),
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused(
     settings: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ValidationError, match=complaint):
-        LossConfig(**settings)
+        LOSS.validate_python(settings)
 
 
 # verl and TRL, on the same tensors: value and gradient of the aggregated loss
@@ -452,6 +483,7 @@ def verl_loss(name: str, given_: dict[str, Tensor], config: LossConfig) -> Tenso
         AlgoConfig=type(None),
     )
     ids = given_["sequence_ids"]
+    ours = config.model_dump()  # a function reads only what its kind has
     loss, _ = getattr(function, name)(
         old_log_prob=padded(given_["old_logprobs"], ids),
         log_prob=padded(given_["logprobs"], ids),
@@ -460,16 +492,16 @@ def verl_loss(name: str, given_: dict[str, Tensor], config: LossConfig) -> Tenso
         loss_agg_mode=config.aggregation,
         config=ActorConfig(
             clip_ratio=None,
-            clip_ratio_low=config.clip_low,
-            clip_ratio_high=config.clip_high,
-            clip_ratio_c=config.dual_clip,
+            clip_ratio_low=ours.get("clip_low"),
+            clip_ratio_high=ours.get("clip_high"),
+            clip_ratio_c=ours.get("dual_clip", 3.0),
             global_batch_info={"loss_scale_factor": 20},
             policy_loss=SimpleNamespace(
-                clip_cov_ratio=config.covariance_share,
-                clip_cov_lb=config.covariance_low,
-                clip_cov_ub=config.covariance_high,
-                kl_cov_ratio=config.covariance_share,
-                ppo_kl_coef=config.kl_cov_coefficient,
+                clip_cov_ratio=ours.get("covariance_share"),
+                clip_cov_lb=ours.get("covariance_low"),
+                clip_cov_ub=ours.get("covariance_high"),
+                kl_cov_ratio=ours.get("covariance_share"),
+                ppo_kl_coef=ours.get("kl_cov_coefficient"),
             ),
         ),
     )
@@ -496,14 +528,14 @@ def assert_same(ours: Tensor, theirs: Tensor, logprobs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("clip", "compute_policy_loss_vanilla"),
-        ("cispo", "compute_policy_loss_cispo"),
-        ("gspo", "compute_policy_loss_gspo"),
+        (ClipLossConfig, "compute_policy_loss_vanilla"),
+        (CispoLossConfig, "compute_policy_loss_cispo"),
+        (GspoLossConfig, "compute_policy_loss_gspo"),
     ],
 )
 def test_losses_equal_verls(kind: Any, name: str, aggregation: Any) -> None:
     given_ = batch(10, spread=1.0)  # ratios from 0.1 to 10: every bound is met
-    config = LossConfig(kind=kind, clip_low=0.2, clip_high=0.28, aggregation=aggregation)
+    config = kind(clip_low=0.2, clip_high=0.28, aggregation=aggregation)
     assert_same(our_loss(given_, config), verl_loss(name, given_, config), given_["logprobs"])
 
 
@@ -511,7 +543,7 @@ def test_kl_cov_equals_verls() -> None:
     """With pi_old = pi + a constant, so that both select by the same covariances."""
     given_ = batch(11, spread=0.0)
     given_["old_logprobs"] = given_["logprobs"].detach() + 0.1
-    config = LossConfig(kind="kl_cov", covariance_share=0.2, kl_cov_coefficient=0.5)
+    config = KlCovLossConfig(covariance_share=0.2, kl_cov_coefficient=0.5)
     selected = covariance_tokens(given_["old_logprobs"], given_["advantages"], config)
     theirs = verl_loss("compute_policy_loss_kl_cov", given_, config)
     assert_same(our_loss(given_, config, selected), theirs, given_["logprobs"])
@@ -520,9 +552,7 @@ def test_kl_cov_equals_verls() -> None:
 def test_clip_cov_equals_verls() -> None:
     """No token is outside the clip, where verl does not select. The same seed draws the same."""
     given_ = batch(12, spread=0.0)
-    config = LossConfig(
-        kind="clip_cov", covariance_share=0.1, covariance_low=0.05, covariance_high=3.0
-    )
+    config = ClipCovLossConfig(covariance_share=0.1, covariance_low=0.05, covariance_high=3.0)
     torch.manual_seed(3)
     selected = covariance_tokens(given_["old_logprobs"], given_["advantages"], config)
     torch.manual_seed(3)
@@ -604,14 +634,14 @@ def trl_loss(given_: dict[str, Tensor], loss_type: str, **settings: Any) -> Tens
 )
 def test_clipped_losses_and_aggregates_equal_trls(loss_type: str, aggregation: Any) -> None:
     given_ = batch(14, spread=1.0)
-    config = LossConfig(dual_clip=0, aggregation=aggregation)
+    config = ClipLossConfig(dual_clip=0, aggregation=aggregation)
     assert_same(our_loss(given_, config), trl_loss(given_, loss_type), given_["logprobs"])
 
 
 def test_gspo_equals_trls_sequence_level() -> None:
     given_ = batch(15, spread=1.0)
     given_["advantages"] = per_answer(given_["advantages"], given_["sequence_ids"])
-    config = LossConfig(kind="gspo", clip_low=0.1, clip_high=0.2)
+    config = GspoLossConfig(clip_low=0.1, clip_high=0.2)
     theirs = trl_loss(
         given_, "grpo", importance_sampling_level="sequence", epsilon_low=0.1, epsilon_high=0.2
     )
@@ -621,13 +651,15 @@ def test_gspo_equals_trls_sequence_level() -> None:
 def test_cispo_equals_trls() -> None:
     given_ = batch(16, spread=1.5)
     theirs = trl_loss(given_, "cispo", epsilon_high=5.0)
-    assert_same(our_loss(given_, LossConfig(kind="cispo")), theirs, given_["logprobs"])
+    assert_same(our_loss(given_, CispoLossConfig()), theirs, given_["logprobs"])
 
 
 def test_regularised_losses_equal_trls() -> None:
     """k3 in the loss (its beta), and the entropy bonus."""
     given_ = batch(17)
-    config = LossConfig(dual_clip=0, kl_coefficient=0.3, kl_estimator="k3", entropy_coefficient=0.2)
+    config = ClipLossConfig(
+        dual_clip=0, kl_coefficient=0.3, kl_estimator="k3", entropy_coefficient=0.2
+    )
     logprobs, reference = given_["logprobs"], given_["old_logprobs"] - 0.3
     weights = aggregation_weights(given_["sequence_ids"], "token-mean")
     extra = (weights * regularisation(logprobs, -logprobs, config, reference)).sum()

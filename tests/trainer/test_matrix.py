@@ -22,15 +22,21 @@ from helpers.small_models import (
     rows_of,
     sampled,
 )
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from trainer_bridge.algorithms.advantages import AdvantageConfig
 from trainer_bridge.algorithms.corrections import CorrectionConfig
-from trainer_bridge.algorithms.losses import LossConfig
+from trainer_bridge.algorithms.loss_config import LossConfig
 from trainer_bridge.policy.policy import Policy
 from trainer_bridge.policy.trainer import OptimizerConfig, Trainer, UpdateConfig
 
 KINDS = ("clip", "cispo", "gspo", "clip_cov", "kl_cov")
+SELECTION = {
+    # every token in the range, so that nothing is drawn
+    "clip_cov": {"covariance_share": 1.0, "covariance_low": 0.1},
+    "kl_cov": {"covariance_share": 0.1},
+}
 CORRECTIONS = ("none", "tis", "mis", "icepop", "sequence", "annealed")
 OLD = ("recompute", "server")
 KL: tuple[dict[str, Any], ...] = (
@@ -223,15 +229,15 @@ def test_an_update_is_the_one_that_is_written_out(cell: dict[str, Any]) -> None:
             old_logprobs=cell["old"],
         ),
         advantage=AdvantageConfig(),
-        loss=LossConfig(
-            kind=cell["loss"],
-            aggregation=cell["aggregation"],
-            entropy_coefficient=cell["entropy"],
-            kl_coefficient=beta if cell["kl"] else 0.0,
-            # of clip_cov every token in the range, so that nothing is drawn
-            covariance_share=1.0 if cell["loss"] == "clip_cov" else 0.1,
-            covariance_low=0.1,
-            **cell["kl"],
+        loss=TypeAdapter[LossConfig](LossConfig).validate_python(
+            {
+                "kind": cell["loss"],
+                "aggregation": cell["aggregation"],
+                "entropy_coefficient": cell["entropy"],
+                "kl_coefficient": beta if cell["kl"] else 0.0,
+                **SELECTION.get(cell["loss"], {}),
+                **cell["kl"],
+            }
         ),
         correction=CorrectionConfig(kind=cell["correction"]),
         max_new_tokens=LONGEST,

@@ -18,7 +18,14 @@ from helpers.updates import GROUPS, SIZE, answers
 
 from trainer_bridge.algorithms.advantages import AdvantageConfig
 from trainer_bridge.algorithms.corrections import CorrectionConfig
-from trainer_bridge.algorithms.losses import LossConfig
+from trainer_bridge.algorithms.loss_config import (
+    CispoLossConfig,
+    ClipCovLossConfig,
+    ClipLossConfig,
+    GspoLossConfig,
+    KlCovLossConfig,
+    LossConfig,
+)
 from trainer_bridge.errors import Diverged
 from trainer_bridge.policy.policy import ModelConfig, Policy, load_policy
 from trainer_bridge.policy.trainer import (
@@ -35,7 +42,7 @@ def trainer(policy: Policy, *, rate: float = 1.0, **settings: Any) -> Trainer:
         "optimizer": OptimizerConfig(max_grad_norm=1e9, learning_rate=rate),
         "update": UpdateConfig(),
         "advantage": AdvantageConfig(),
-        "loss": LossConfig(),
+        "loss": ClipLossConfig(),
         "correction": CorrectionConfig(),
     }
     made = Trainer(policy, **{**defaults, **settings}, max_new_tokens=16)
@@ -94,12 +101,12 @@ def test_an_update_is_the_gradient_of_the_loss_written_out(fresh: Callable[[], P
 @pytest.mark.parametrize(
     ("loss", "correction"),
     [
-        (LossConfig(), "tis"),
-        (LossConfig(), "annealed"),
-        (LossConfig(kind="gspo"), "sequence"),
-        (LossConfig(kind="cispo", aggregation="seq-mean-token-sum-norm"), "icepop"),
-        (LossConfig(kind="kl_cov", covariance_share=0.3), "none"),
-        (LossConfig(entropy_coefficient=0.1, selective_entropy_coefficient=0.5), "mis"),
+        (ClipLossConfig(), "tis"),
+        (ClipLossConfig(), "annealed"),
+        (GspoLossConfig(), "sequence"),
+        (CispoLossConfig(aggregation="seq-mean-token-sum-norm"), "icepop"),
+        (KlCovLossConfig(covariance_share=0.3), "none"),
+        (ClipLossConfig(entropy_coefficient=0.1, selective_entropy_coefficient=0.5), "mis"),
     ],
 )
 def test_how_a_batch_is_cut_for_the_forward_passes_changes_nothing(
@@ -129,7 +136,7 @@ def test_minibatches_are_steps_against_the_policy_before_the_first(
     written out with policy_loss's own clipping off, it is r A w."""
     policy = fresh()
     scored = answers(policy)
-    free = LossConfig(clip_low=1.0, clip_high=1e9, dual_clip=0)
+    free = ClipLossConfig(clip_low=1.0, clip_high=1e9, dual_clip=0)
     made = trainer(policy, rate=0.05, loss=free, update=UpdateConfig(minibatches=GROUPS))
     got = moved(policy, lambda: made.update(scored))
     assert made.updates == GROUPS
@@ -182,7 +189,7 @@ def test_kl_to_a_reference_pulls_towards_it(fresh: Callable[[], Policy], place: 
             )
     scored = answers(policy)
     same = ScoredAnswers(scored.samples, [1.0] * len(scored.rewards), scored.group_ids)
-    loss = LossConfig(
+    loss = ClipLossConfig(
         kl_coefficient=1.0, kl_in=place, kl_estimator="k1" if place == "reward" else "k2"
     )
     made = trainer(policy, rate=1e-4, loss=loss, advantage=AdvantageConfig(kind="dr_grpo"))
@@ -245,7 +252,7 @@ def test_the_optimizer_is_adamw_written_out() -> None:
         ),
         update=UpdateConfig(),
         advantage=AdvantageConfig(),
-        loss=LossConfig(),
+        loss=ClipLossConfig(),
         correction=CorrectionConfig(),
         max_new_tokens=16,
     )
@@ -308,7 +315,7 @@ def _rank(rank: int, port: int, model: str, loss: LossConfig, out: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [LossConfig(), LossConfig(kind="clip_cov", selective_entropy_coefficient=0.1)]
+    "loss", [ClipLossConfig(), ClipCovLossConfig(selective_entropy_coefficient=0.1)]
 )
 def test_two_sharded_processes_do_what_one_does(
     tiny_model: Path, tmp_path: Path, loss: LossConfig

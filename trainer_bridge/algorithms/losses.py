@@ -17,79 +17,22 @@ accumulated over micro-batches are those of the whole, to rounding.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from trainer_bridge.settings import Settings
-
-Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-KlEstimator = Literal["k1", "k2", "k3"]
-
-# (clip_low, clip_high, aggregation). CISPO's paper has no lower bound and gives no upper one: 5 is
-# what TRL recommends, after ScaleRL (arXiv 2510.13786).
-_Defaults = tuple[float, float, Aggregation]
-_DAPO: _Defaults = (0.2, 0.28, "token-mean")
-_OF_KIND: dict[str, _Defaults] = {
-    "cispo": (1.0, 4.0, "token-mean"),
-    "gspo": (3e-4, 4e-4, "seq-mean-token-mean"),
-}
-
-
-class LossConfig(Settings):
-    """Settings of this module's functions."""
-
-    kind: Literal["clip", "cispo", "gspo", "clip_cov", "kl_cov"] = "clip"
-    clip_low: float = Field(
-        default_factory=lambda data: _OF_KIND.get(data["kind"], _DAPO)[0],
-        ge=0,
-        le=1,
-        description="bounds ratios below by 1 - clip_low; 1: not at all. Default 0.2; gspo 3e-4; "
-        "cispo 1; kl_cov has no bounds",
-    )
-    clip_high: float = Field(
-        default_factory=lambda data: _OF_KIND.get(data["kind"], _DAPO)[1],
-        ge=0,
-        description="bounds ratios above by 1 + clip_high. Default 0.28; gspo 4e-4; cispo 4",
-    )
-    dual_clip: float = Field(
-        3.0, ge=0, description="clip: bound (> 1) on ratios where the advantage is < 0; 0: none"
-    )
-    aggregation: Aggregation = Field(
-        default_factory=lambda data: _OF_KIND.get(data["kind"], _DAPO)[2],
-        description="default token-mean; gspo seq-mean-token-mean",
-    )
-    covariance_share: float = Field(
-        2e-4, gt=0, le=1, description="clip_cov, kl_cov: share of the batch's tokens selected"
-    )
-    covariance_low: float = Field(1.0, description="clip_cov: selects among covariances above")
-    covariance_high: float = Field(5.0, description="clip_cov: and below")
-    kl_cov_coefficient: float = Field(1.0, ge=0, description="kl_cov: penalty of selected tokens")
-    kl_coefficient: float = Field(0.0, ge=0, description="of KL(pi || reference); 0: no reference")
-    kl_estimator: KlEstimator = "k2"
-    kl_in: Literal["loss", "reward"] = Field("loss", description="k1 only in the reward")
-    entropy_coefficient: float = Field(0.0, description="of the entropy bonus")
-    selective_entropy_coefficient: float = Field(
-        0.0, ge=0, description="SIREN: of (mean peak entropy - anchor)^2 (paper 0.005); 0: off"
-    )
-    selective_entropy_quantile: float = Field(
-        0.8, ge=0, lt=1, description="SIREN: peaks are the tokens of at least this quantile"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kl_coefficient and (self.kl_in, self.kl_estimator) == ("loss", "k1"):
-            raise ValueError(
-                "the gradient of k1 in the loss does not depend on the reference: "
-                "use k2, or kl_in='reward'"
-            )
-        if 0 < self.dual_clip <= 1:
-            raise ValueError("dual_clip must be above 1, or 0 for none")
-        if self.covariance_low > self.covariance_high:
-            raise ValueError("covariance_low must not be above covariance_high")
-        return self
+from trainer_bridge.algorithms.loss_config import (
+    Aggregation,
+    BaseLossConfig,
+    BoundedLossConfig,
+    CispoLossConfig,
+    ClipCovLossConfig,
+    ClipLossConfig,
+    GspoLossConfig,
+    KlCovLossConfig,
+    KlEstimator,
+    LossConfig,
+)
 
 
 def policy_loss(
@@ -103,51 +46,105 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of each token, and whether clipping touched it: float [N], bool [N].
 
-    With b(r) = min(max(r, 1 - clip_low), 1 + clip_high) and sg = no gradient through:
-    clip      -min(r A, b(r) A) (PPO, arXiv 1707.06347; unequal bounds: DAPO, 2503.14476), and for
-              A < 0 at most -dual_clip * A (arXiv 1912.09729)
-    cispo     -sg(b(r)) A log pi (arXiv 2506.13585): no token loses its gradient
-    gspo      -min(s A, b(s) A), s = sg(s_a) pi / sg(pi), with s_a = exp(mean of log r over the
-              answer): s has the value of s_a, and each token its own advantage (GSPO-token,
-              arXiv 2507.18071). With equal advantages within an answer and seq-mean-token-mean,
-              value and gradient are those of the mean over answers of -min(s_a A, b(s_a) A)
-    clip_cov  -min(r A, b(r) A), and 0 for the selected tokens (arXiv 2505.22617)
-    kl_cov    -r A, plus kl_cov_coefficient * |log r| for the selected tokens, where the same
-              paper writes KL(pi_old || pi): this is its authors' code
-
-    `clipped` is where the loss's gradient is 0 because of a bound or a selection; for cispo, where
-    a bound holds, and the gradient is that of the bounded weight.
+    Each kind's function below says its formula, with b(r) = min(max(r, 1 - clip_low),
+    1 + clip_high) and sg = no gradient through. They are given log_ratio = log r, float [N] with
+    gradient, advantages without gradient, and return the same. `clipped` is where the loss's
+    gradient is 0 because of a bound or a selection; for cispo, where a bound holds, and the
+    gradient is that of the bounded weight.
 
     logprobs: float [N], with gradient. old_logprobs, advantages: float [N], taken as constants.
     sequence_ids: int [N], which answer a token belongs to: for gspo every answer must be whole.
     selected: bool [N] from `covariance_tokens`; clip_cov and kl_cov raise ValueError without it.
     """
-    if selected is None:
-        if config.kind in ("clip_cov", "kl_cov"):
-            raise ValueError(f"{config.kind} needs selected=covariance_tokens(...)")
-        selected = torch.zeros_like(logprobs, dtype=torch.bool)
     advantages = advantages.detach()
     log_ratio = logprobs - old_logprobs.detach()
-    if config.kind == "gspo":
-        _, answers, lengths = sequence_ids.unique(return_inverse=True, return_counts=True)
-        sums = log_ratio.detach().new_zeros(len(lengths)).index_add(0, answers, log_ratio.detach())
-        log_ratio = (sums / lengths)[answers] + logprobs - logprobs.detach()
-    ratio = log_ratio.clamp(-20.0, 20.0).exp()  # e^20 is far beyond any bound, and finite
-    if config.kind == "kl_cov":
-        penalty = config.kl_cov_coefficient * log_ratio.abs() * selected
-        return penalty - ratio * advantages, torch.zeros_like(selected)
-    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    if config.kind == "cispo":
-        return -bounded.detach() * advantages * logprobs, bounded != ratio
-    loss = torch.maximum(-ratio * advantages, -bounded * advantages)
-    clipped = bounded * advantages < ratio * advantages
-    if config.kind == "clip" and config.dual_clip:
+    match config:
+        case ClipLossConfig():
+            return clip_loss(log_ratio, advantages, config)
+        case CispoLossConfig():
+            return cispo_loss(logprobs, log_ratio, advantages, config)
+        case GspoLossConfig():
+            return gspo_loss(logprobs, log_ratio, advantages, sequence_ids, config)
+    if selected is None:
+        raise ValueError(f"{config.kind} needs selected=covariance_tokens(...)")
+    if isinstance(config, ClipCovLossConfig):
+        return clip_cov_loss(log_ratio, advantages, selected, config)
+    return kl_cov_loss(log_ratio, advantages, selected, config)
+
+
+def clip_loss(
+    log_ratio: Tensor, advantages: Tensor, config: ClipLossConfig
+) -> tuple[Tensor, Tensor]:
+    """-min(r A, b(r) A) (PPO, arXiv 1707.06347; unequal bounds: DAPO, 2503.14476), and for A < 0 at
+    most -dual_clip * A (arXiv 1912.09729)."""
+    loss, clipped = _bounded_loss(_ratio(log_ratio), advantages, config)
+    if config.dual_clip:
         highest = -config.dual_clip * advantages
         above = (advantages < 0) & (loss > highest)
         loss, clipped = torch.where(above, highest, loss), clipped | above
-    if config.kind == "clip_cov":
-        loss, clipped = loss * ~selected, clipped | selected
     return loss, clipped
+
+
+def cispo_loss(
+    logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, config: CispoLossConfig
+) -> tuple[Tensor, Tensor]:
+    """-sg(b(r)) A log pi (arXiv 2506.13585): no token loses its gradient."""
+    ratio = _ratio(log_ratio)
+    bounded = _bounded(ratio, config)
+    return -bounded.detach() * advantages * logprobs, bounded != ratio
+
+
+def gspo_loss(
+    logprobs: Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    sequence_ids: Tensor,
+    config: GspoLossConfig,
+) -> tuple[Tensor, Tensor]:
+    """-min(s A, b(s) A), s = sg(s_a) pi / sg(pi), with s_a = exp(mean of log r over the answer).
+
+    s has the value of s_a, and each token its own advantage (GSPO-token, arXiv 2507.18071). With
+    equal advantages within an answer and seq-mean-token-mean, value and gradient are those of the
+    mean over answers of -min(s_a A, b(s_a) A).
+    """
+    _, answers, lengths = sequence_ids.unique(return_inverse=True, return_counts=True)
+    sums = log_ratio.detach().new_zeros(len(lengths)).index_add(0, answers, log_ratio.detach())
+    log_ratio = (sums / lengths)[answers] + logprobs - logprobs.detach()
+    return _bounded_loss(_ratio(log_ratio), advantages, config)
+
+
+def clip_cov_loss(
+    log_ratio: Tensor, advantages: Tensor, selected: Tensor, config: ClipCovLossConfig
+) -> tuple[Tensor, Tensor]:
+    """-min(r A, b(r) A), and 0 for the selected tokens (arXiv 2505.22617)."""
+    loss, clipped = _bounded_loss(_ratio(log_ratio), advantages, config)
+    return loss * ~selected, clipped | selected
+
+
+def kl_cov_loss(
+    log_ratio: Tensor, advantages: Tensor, selected: Tensor, config: KlCovLossConfig
+) -> tuple[Tensor, Tensor]:
+    """-r A, plus kl_cov_coefficient * |log r| for the selected tokens, where the paper (arXiv
+    2505.22617) writes KL(pi_old || pi): this is its authors' code."""
+    penalty = config.kl_cov_coefficient * log_ratio.abs() * selected
+    return penalty - _ratio(log_ratio) * advantages, torch.zeros_like(selected)
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-20.0, 20.0).exp()  # e^20 is far beyond any bound, and finite
+
+
+def _bounded(ratio: Tensor, bounds: BoundedLossConfig) -> Tensor:
+    return ratio.clamp(1 - bounds.clip_low, 1 + bounds.clip_high)
+
+
+def _bounded_loss(
+    ratio: Tensor, advantages: Tensor, bounds: BoundedLossConfig
+) -> tuple[Tensor, Tensor]:
+    """-min(r A, b(r) A), and where the bound holds."""
+    bounded = _bounded(ratio, bounds)
+    loss = torch.maximum(-ratio * advantages, -bounded * advantages)
+    return loss, bounded * advantages < ratio * advantages
 
 
 def covariance_tokens(
@@ -168,12 +165,12 @@ def covariance_tokens(
     one token in each. logprobs, advantages: float [N]. generator: on the CPU, for clip_cov.
     """
     selected = torch.zeros_like(logprobs, dtype=torch.bool)
-    if config.kind not in ("clip_cov", "kl_cov") or len(logprobs) == 0:
+    if not isinstance(config, ClipCovLossConfig | KlCovLossConfig) or len(logprobs) == 0:
         return selected
     logprobs, advantages = logprobs.detach(), advantages.detach()
     covariances = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
     count = max(int(config.covariance_share * len(covariances)), 1)
-    if config.kind == "kl_cov":
+    if isinstance(config, KlCovLossConfig):
         selected[covariances.topk(count).indices] = True
     else:
         inside = (covariances > config.covariance_low) & (covariances < config.covariance_high)
@@ -235,7 +232,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KlEstimator)
 
 
 def kl_penalties(
-    logprobs: Tensor, reference_logprobs: Tensor, sequence_ids: Tensor, config: LossConfig
+    logprobs: Tensor, reference_logprobs: Tensor, sequence_ids: Tensor, config: BaseLossConfig
 ) -> Tensor:
     """What to subtract from each answer's reward with kl_in="reward": float [A], detached.
 
@@ -250,7 +247,7 @@ def kl_penalties(
 def regularisation(
     logprobs: Tensor,
     entropies: Tensor,
-    config: LossConfig,
+    config: BaseLossConfig,
     reference_logprobs: Tensor | None = None,
 ) -> Tensor:
     """What a token's loss gains beside the policy's: float [N].
@@ -281,7 +278,7 @@ def peak_entropy(entropies: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
 
 
 def selective_entropy_loss(
-    entropies: Tensor, anchor: float, config: LossConfig, *, batch: Tensor | None = None
+    entropies: Tensor, anchor: float, config: BaseLossConfig, *, batch: Tensor | None = None
 ) -> Tensor:
     """SIREN's regulariser (arXiv 2509.25133): a scalar to be added to the loss.
 

@@ -20,8 +20,8 @@ from trainer_bridge.algorithms.corrections import (
     correction_metrics,
     correction_weights,
 )
+from trainer_bridge.algorithms.loss_config import LossConfig
 from trainer_bridge.algorithms.losses import (
-    LossConfig,
     aggregation_weights,
     covariance_tokens,
     kl_penalties,

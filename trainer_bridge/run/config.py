@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from ead_sampler.schedules import AnnealingError, check_all_steps, check_sampling
 from trainer_bridge.algorithms.advantages import AdvantageConfig
 from trainer_bridge.algorithms.corrections import CorrectionConfig
-from trainer_bridge.algorithms.losses import LossConfig
+from trainer_bridge.algorithms.loss_config import ClipLossConfig, LossConfig
 from trainer_bridge.errors import BadConfig
 from trainer_bridge.policy.policy import ModelConfig
 from trainer_bridge.policy.trainer import OptimizerConfig, UpdateConfig
@@ -67,7 +67,7 @@ class TrainConfig(Settings):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     advantage: AdvantageConfig = AdvantageConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = ClipLossConfig()
     correction: CorrectionConfig = CorrectionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     update: UpdateConfig = UpdateConfig()
