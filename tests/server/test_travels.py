@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from helpers.reference import TINY_FLAGS
 
-from ead_sampler import AnnealingError, parse_annealing
+from ead_sampler import FieldError, parse_annealing
 from ead_sampler.in_tokenizer import generate
 from ead_sampler.in_tokenizer.fields import sent_schedule
 from ead_server.launch.process import ServerProcess
@@ -61,13 +61,13 @@ def test_what_does_not_fit_is_refused_where_it_would_kill_the_scheduler(
     verified(monkeypatch, custom)
     monkeypatch.setenv("SGLANG_USE_PICKLE_IPC", "0")
     verified(monkeypatch, {"a": [1, "x", None], "b": {"c": 1.5}})
-    with pytest.raises(AnnealingError, match="custom_params: must be numbers, strings"):
+    with pytest.raises(FieldError, match="custom_params: must be numbers, strings"):
         verified(monkeypatch, custom)
 
 
 def test_a_schedule_that_is_a_string_but_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("", "ead", "[" * 100_000, "1", '"x"'):
-        with pytest.raises(AnnealingError, match="annealing"):
+        with pytest.raises(FieldError, match="annealing"):
             verified(monkeypatch, {"annealing": text})
 
 
