@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +15,7 @@ except ImportError:  # the bare install is the client library
     raise SystemExit("the ead command needs: pip install 'ead[server]' or 'ead[trainer]'") from None
 
 from ead_cli.options import (
+    INTERRUPTED,
     LOCAL,
     ApiKey,
     Scheduled,
@@ -128,9 +132,9 @@ def demo(
 
     Example: ead demo --steps 1
     """
-    from ead_cli.demo import run
+    with errors_as_messages(go_on="its server is stopped"):
+        from ead_cli.demo import run
 
-    with errors_as_messages():
         run(steps=steps, out=out, port=port)
 
 
@@ -153,10 +157,18 @@ def train(
 
     Example: ead train examples/products.toml steps=2 --folder runs/products
     """
-    from ead_cli import train
+    with errors_as_messages(go_on=_resumed(config or [], folder)):
+        from ead_cli import train
 
-    with errors_as_messages():
         train.run(config or [], folder, resume=resume)
+
+
+def _resumed(config: list[str], folder: Path) -> str:
+    """How to go on with a run that was stopped."""
+    if "RANK" in os.environ:
+        return "go on with the same torchrun command and --resume"
+    command = ["ead", "train", *config, "--folder", str(folder), "--resume"]
+    return f"go on with: {shlex.join(command)}"
 
 
 @app.command("eval")
@@ -175,9 +187,9 @@ def evaluate(
 
     Example: ead eval examples/products.toml evaluation.problems=16 --json
     """
-    from ead_cli import train
+    with errors_as_messages(go_on="nothing is kept of this evaluation"):
+        from ead_cli import train
 
-    with errors_as_messages():
         train.run_evaluation(config or [], folder, as_json=as_json)
 
 
@@ -288,7 +300,8 @@ def rollout(
     from ead_cli.rollout import Asked, collect
     from ead_cli.rollout_prompts import read_prompts
 
-    with errors_as_messages(), client_of(url or LOCAL, api_key) as client:
+    go_on = f"what was answered is in {out}, and the same command again goes on from there"
+    with errors_as_messages(go_on=go_on), client_of(url or LOCAL, api_key) as client:
         params = sampling_params(sampling, {"n": n, "max_new_tokens": max_new_tokens})
         answers = params.pop("n", 1)
         asked = Asked(answers, schedule_of(annealing), entropies, {"max_new_tokens": 512, **params})
@@ -386,6 +399,13 @@ _OF_EXTRAS = frozenset(
 def main() -> None:
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # without waiting for threads whose answers nobody wants
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(INTERRUPTED)
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _OF_EXTRAS:  # another fault, with its trace
             raise

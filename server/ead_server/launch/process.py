@@ -21,6 +21,7 @@ from ead_server.lifecycle.watch import LOOK_SECONDS, StoppedProcesses
 from ead_server.settings import read_key
 
 HOST = "127.0.0.1"
+_IN_A_HURRY_S = 5.0  # for a server to end by itself that nobody needs any more
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -126,8 +127,9 @@ class ServerProcess:
     def __enter__(self) -> ServerProcess:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # after an error, or Ctrl-C, nobody waits for the answers that the server would finish
+        self.stop() if kind is None else self.stop(_IN_A_HURRY_S)
 
 
 def flags_beside_a_trainer(*, on_cpu: bool) -> list[str]:
