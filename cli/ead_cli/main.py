@@ -45,7 +45,10 @@ def serve(
     context: typer.Context,
     annealing: Annotated[
         str | None,
-        typer.Option(envvar="EAD_ANNEALING", help="JSON: schedule of requests that name none."),
+        typer.Option(
+            envvar="EAD_ANNEALING",
+            help="Schedule of requests that name none: JSON, a preset, or a kind.",
+        ),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="EAD_API_KEY", help="Asked of every call but health.")
@@ -90,6 +93,8 @@ def serve(
 
     SGLang's flags: python -m sglang.launch_server --help
     """
+    import json
+
     from pydantic import ValidationError
 
     from ead_server.launch import serve
@@ -119,7 +124,8 @@ def serve(
         flag = str(first["loc"][0]).replace("_", "-").replace("origins", "origin")
         raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
     with errors_as_messages():
-        serve.serve(context.args, settings, annealing)
+        default = json.dumps(schedule_of(annealing)) if annealing else None
+        serve.serve(context.args, settings, default)
 
 
 @app.command()

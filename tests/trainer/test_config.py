@@ -60,6 +60,14 @@ def test_what_is_wrong_is_refused_with_what_is_allowed(arguments: list[str], say
         read_config(arguments)
 
 
+def test_a_schedule_may_be_named() -> None:
+    config = read_config(["rollout.annealing=paper", "evaluation.annealing='cosine'"])
+    assert config.rollout.annealing == {"preset": "paper"}
+    assert config.evaluation.annealing == {"schedule": "cosine"}
+    with pytest.raises(BadConfig, match=r"rollout.annealing.schedule: must be one of"):
+        read_config(["rollout.annealing=cosin"])
+
+
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text("steps = = 3")
