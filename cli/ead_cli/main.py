@@ -26,6 +26,7 @@ from ead_cli.options import (
     sampling_params,
     schedule_of,
 )
+from ead_cli.outputs import check_file, check_folder
 
 app = typer.Typer(
     help="Exploratory Annealed Decoding: hot early tokens, cool late ones, over HTTP.",
@@ -125,7 +126,8 @@ def serve(
         raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
     with errors_as_messages():
         default = json.dumps(schedule_of(annealing)) if annealing else None
-        serve.serve(context.args, settings, default)
+        own = [flag for option in context.command.params for flag in option.opts]
+        serve.serve(context.args, settings, default, own_flags=own)
 
 
 @app.command()
@@ -138,6 +140,7 @@ def demo(
 
     Example: ead demo --steps 1
     """
+    check_folder(out.parent, "--out")  # a folder that is there already gets one beside it
     with errors_as_messages(go_on="its server is stopped"):
         from ead_cli.demo import run
 
@@ -163,6 +166,7 @@ def train(
 
     Example: ead train examples/products.toml steps=2 --folder runs/products
     """
+    check_folder(folder, "--folder")
     with errors_as_messages(go_on=_resumed(config or [], folder)):
         from ead_cli import train
 
@@ -193,6 +197,7 @@ def evaluate(
 
     Example: ead eval examples/products.toml evaluation.problems=16 --json
     """
+    check_folder(folder, "--folder")
     with errors_as_messages(go_on="nothing is kept of this evaluation"):
         from ead_cli import train
 
@@ -207,6 +212,7 @@ def plot(
 
     Example: ead plot runs/products
     """
+    check_file(folder / "curves.png", "FOLDER")
     from trainer_bridge.run.report import draw_curves
 
     with errors_as_messages():
@@ -239,6 +245,8 @@ def schedule(
 
     if out is not None and out.suffix not in (".png", ".svg"):
         raise SystemExit(f"ead: --out: must end in .png or .svg, got {out}")
+    if out is not None:
+        check_file(out, "--out")
     with errors_as_messages():
         found = schedule.curves(schedules or ["recipe"], step or [], length, entropy)
         schedule.show(found, as_table=table, as_json=as_json, out=out)

@@ -54,6 +54,7 @@ def curves(
 def show(found: Curves, *, as_table: bool, as_json: bool, out: Path | None) -> None:
     """To the file if there is one, else to the terminal."""
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png":
             _draw(found, out)
         else:
