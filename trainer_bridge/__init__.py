@@ -5,6 +5,7 @@ it is first used, since reward workers import this package and must not pay for 
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _FROM = {
@@ -41,7 +42,21 @@ _MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
 
+try:
+    __version__ = version("ead")
+except PackageNotFoundError:  # a copy of the sources, which nothing has installed
+    __version__ = "unknown"
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise ModuleNotFoundError(
+            f"trainer_bridge.{name} needs {missing}, which comes with the extra 'trainer' of "
+            "ead: pip install 'ead[trainer]', or pip install '.[trainer]' in a clone",
+            name=error.name,
+        ) from error

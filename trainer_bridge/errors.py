@@ -8,10 +8,13 @@ BridgeError
 ├── StaleRollout             an answer was sampled from weights that are not the run's newest
 ├── WeightUpdateFailed       the server did not take new weights
 ├── CheckpointFailed         a checkpoint could not be written; those before it are as they were
-└── Diverged                 update after update had no finite gradient
+├── Diverged                 update after update had no finite gradient
+└── Interrupted              Ctrl-C ended the run after a step, with a checkpoint
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 
 class BridgeError(Exception):
@@ -64,3 +67,14 @@ class CheckpointFailed(BridgeError, RuntimeError):
 
 class Diverged(BridgeError, RuntimeError):
     """The message gives the norm of the last gradient."""
+
+
+class Interrupted(BridgeError):
+    """The user stopped the run. done: how many of its steps are done, and in a checkpoint."""
+
+    def __init__(self, message: str, *, done: int) -> None:
+        super().__init__(message)
+        self.done = done
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(type(self), done=self.done), self.args

@@ -1,5 +1,6 @@
 """The `ead` command line."""
 
-import ead_server  # noqa: F401  (what it sets for OpenMP must be there before torch is loaded)
+# what ead_server sets for OpenMP must be there before torch is loaded
+from ead_server import __version__ as __version__
 
 __all__: list[str] = []  # a command, not a library

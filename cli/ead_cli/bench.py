@@ -74,8 +74,11 @@ def _tokens_per_second(client: Client, fields: dict[str, Any], batch: int, token
         return int(answer["usage"]["completion_tokens"])
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(batch) as pool:
+    pool = ThreadPoolExecutor(batch)
+    try:
         count = sum(pool.map(one, range(batch)))
+    finally:  # after Ctrl-C or an error, the other answers are not waited for
+        pool.shutdown(wait=False, cancel_futures=True)
     return count / (time.perf_counter() - started)
 
 

@@ -24,7 +24,7 @@ from ead_cli.chat import COLUMNS, heat
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING
 from ead_server.launch import models
-from ead_server.launch.process import ServerProcess, flags_beside_a_trainer
+from ead_server.launch.process import HOST, ServerProcess, flags_beside_a_trainer, hold_port
 
 QUESTION = "Tell me one surprising fact about the sea, in one sentence."
 # The paper's numbers are sized for long mathematics; these anneal within forty tokens.
@@ -40,6 +40,7 @@ def run(*, steps: int, out: Path, port: int) -> None:
     console = Console()
     started = time.perf_counter()
     out = _new_folder(out)
+    hold_port(HOST, port).close()  # a taken one is found before a model is fetched
 
     console.rule("[bold]1  Model and server")
     console.print(f"device: {device.choose()}")

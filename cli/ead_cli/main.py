@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +15,7 @@ except ImportError:  # the bare install is the client library
     raise SystemExit("the ead command needs: pip install 'ead[server]' or 'ead[trainer]'") from None
 
 from ead_cli.options import (
+    INTERRUPTED,
     LOCAL,
     ApiKey,
     Scheduled,
@@ -22,6 +26,7 @@ from ead_cli.options import (
     sampling_params,
     schedule_of,
 )
+from ead_cli.outputs import check_file, check_folder
 
 app = typer.Typer(
     help="Exploratory Annealed Decoding: hot early tokens, cool late ones, over HTTP.",
@@ -41,7 +46,10 @@ def serve(
     context: typer.Context,
     annealing: Annotated[
         str | None,
-        typer.Option(envvar="EAD_ANNEALING", help="JSON: schedule of requests that name none."),
+        typer.Option(
+            envvar="EAD_ANNEALING",
+            help="Schedule of requests that name none: JSON, a preset, or a kind.",
+        ),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="EAD_API_KEY", help="Asked of every call but health.")
@@ -86,6 +94,8 @@ def serve(
 
     SGLang's flags: python -m sglang.launch_server --help
     """
+    import json
+
     from pydantic import ValidationError
 
     from ead_server.launch import serve
@@ -115,7 +125,9 @@ def serve(
         flag = str(first["loc"][0]).replace("_", "-").replace("origins", "origin")
         raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
     with errors_as_messages():
-        serve.serve(context.args, settings, annealing)
+        default = json.dumps(schedule_of(annealing)) if annealing else None
+        own = [flag for option in context.command.params for flag in option.opts]
+        serve.serve(context.args, settings, default, own_flags=own)
 
 
 @app.command()
@@ -128,9 +140,10 @@ def demo(
 
     Example: ead demo --steps 1
     """
-    from ead_cli.demo import run
+    check_folder(out.parent, "--out")  # a folder that is there already gets one beside it
+    with errors_as_messages(go_on="its server is stopped"):
+        from ead_cli.demo import run
 
-    with errors_as_messages():
         run(steps=steps, out=out, port=port)
 
 
@@ -153,10 +166,19 @@ def train(
 
     Example: ead train examples/products.toml steps=2 --folder runs/products
     """
-    from ead_cli import train
+    check_folder(folder, "--folder")
+    with errors_as_messages(go_on=_resumed(config or [], folder)):
+        from ead_cli import train
 
-    with errors_as_messages():
         train.run(config or [], folder, resume=resume)
+
+
+def _resumed(config: list[str], folder: Path) -> str:
+    """How to go on with a run that was stopped."""
+    if "RANK" in os.environ:
+        return "go on with the same torchrun command and --resume"
+    command = ["ead", "train", *config, "--folder", str(folder), "--resume"]
+    return f"go on with: {shlex.join(command)}"
 
 
 @app.command("eval")
@@ -175,9 +197,10 @@ def evaluate(
 
     Example: ead eval examples/products.toml evaluation.problems=16 --json
     """
-    from ead_cli import train
+    check_folder(folder, "--folder")
+    with errors_as_messages(go_on="nothing is kept of this evaluation"):
+        from ead_cli import train
 
-    with errors_as_messages():
         train.run_evaluation(config or [], folder, as_json=as_json)
 
 
@@ -189,6 +212,7 @@ def plot(
 
     Example: ead plot runs/products
     """
+    check_file(folder / "curves.png", "FOLDER")
     from trainer_bridge.run.report import draw_curves
 
     with errors_as_messages():
@@ -221,6 +245,8 @@ def schedule(
 
     if out is not None and out.suffix not in (".png", ".svg"):
         raise SystemExit(f"ead: --out: must end in .png or .svg, got {out}")
+    if out is not None:
+        check_file(out, "--out")
     with errors_as_messages():
         found = schedule.curves(schedules or ["recipe"], step or [], length, entropy)
         schedule.show(found, as_table=table, as_json=as_json, out=out)
@@ -288,7 +314,8 @@ def rollout(
     from ead_cli.rollout import Asked, collect
     from ead_cli.rollout_prompts import read_prompts
 
-    with errors_as_messages(), client_of(url or LOCAL, api_key) as client:
+    go_on = f"what was answered is in {out}, and the same command again goes on from there"
+    with errors_as_messages(go_on=go_on), client_of(url or LOCAL, api_key) as client:
         params = sampling_params(sampling, {"n": n, "max_new_tokens": max_new_tokens})
         answers = params.pop("n", 1)
         asked = Asked(answers, schedule_of(annealing), entropies, {"max_new_tokens": 512, **params})
@@ -386,6 +413,13 @@ _OF_EXTRAS = frozenset(
 def main() -> None:
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # without waiting for threads whose answers nobody wants
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(INTERRUPTED)
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _OF_EXTRAS:  # another fault, with its trace
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,14 @@ def client_of(url: str | list[str], api_key: str | None) -> Client:
         raise SystemExit(f"ead: --url: {error}") from None
 
 
+def never_connected(error: BaseException) -> bool:
+    """Whether nothing answers at the address at all: what a mistyped one looks like."""
+    import httpx
+
+    unconnected = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
+    return isinstance(error.__cause__, unconnected)
+
+
 def schedule_of(text: str | None) -> dict[str, Any] | None:
     from ead_cli.schedule import parsed
 
@@ -71,16 +80,28 @@ def sampling_params(text: str, options: dict[str, int | None]) -> dict[str, Any]
     return params
 
 
+INTERRUPTED = 130  # the exit status after Ctrl-C: 128 + SIGINT, as shells have it
+
+
 @contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """What a user can act on is a sentence on stderr and exit status 1, not a stack trace."""
+def errors_as_messages(*, go_on: str = "") -> Iterator[None]:
+    """What a user can act on is a sentence on stderr and exit status 1, not a stack trace. After
+    Ctrl-C the sentence says how to go on, and the exit status is 130.
+
+    go_on: that part of the sentence; empty where there is nothing to go on with.
+    """
     from ead_client import EadError
     from ead_server.errors import ServerFailed
     from ead_server.launch.models import ModelPullError
-    from trainer_bridge.errors import BridgeError
+    from trainer_bridge.errors import BridgeError, Interrupted
 
     try:
         yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        how = str(error) or "stopped by Ctrl-C"
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes says it
+            print(f"ead: {how}{go_on and '; ' + go_on}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     except (ModelPullError, ServerFailed, EadError, BridgeError, OSError) as error:
         print(f"ead: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
+from ead_cli.options import never_connected
 from ead_cli.rollout_files import answers_at
 from ead_cli.rollout_prompts import Prompt
 from ead_client import (
@@ -73,7 +74,7 @@ def collect(
             with _progress() as bar:
                 served: dict[str, Any] = {}
                 if missing:
-                    served = _patiently(lambda: _served(client), bar)
+                    served = _found(lambda: _served(client), bar)
                     _say(bar, answers.check_served(served))
                 news = _News(served.get("weight_version"))
                 task = bar.add_task("prompts", total=len(prompts), completed=len(done))
@@ -132,13 +133,15 @@ def _served(client: Client) -> dict[str, Any]:
     }
 
 
-def _patiently(action: Callable[[], T], bar: Progress) -> T:
+def _found(action: Callable[[], T], bar: Progress) -> T:
+    """The result of the first call to the server. One that is starting is waited for; an address
+    where nothing answers is taken for a wrong one."""
     until = time.monotonic() + _PATIENCE_S
     while True:
         try:
             return action()
         except _GONE as error:
-            if time.monotonic() > until:
+            if never_connected(error) or time.monotonic() > until:
                 raise
             _say(bar, f"{error}; trying again")
             time.sleep(_PAUSE_S)

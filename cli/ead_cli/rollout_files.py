@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import orjson
 
+from ead_cli.outputs import cannot_write
 from ead_client import EadError, Group
 from ead_client._json import to_json
 
@@ -32,7 +33,11 @@ def answers_at(path: Path) -> Answers:
         raise EadError(f"--out: must be a .jsonl file or a folder, got {path}")
     if path.exists() and (path.is_file() != is_file or path.is_dir() == is_file):
         raise EadError(f"--out: must be a .jsonl file, or else a folder, got {path}")
-    return Lines(path) if is_file else Folder(path)
+    answers: Answers = Lines(path) if is_file else Folder(path)
+    for written in (path, answers.settings_file):
+        if (reason := cannot_write(written)) is not None:
+            raise EadError(f"--out: {reason}")
+    return answers
 
 
 class Answers:
@@ -40,15 +45,15 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.with_name(f"{path.name}.settings.json")
+        self.settings_file = path.with_name(f"{path.name}.settings.json")
         self._settings: dict[str, Any] = {}
         self._lock: IO[bytes] | None = None
 
     def open(self, asked: Mapping[str, Any], prompts: int) -> set[int]:
         """Which of so many prompts are answered already. Raises EadError when what is there was
         asked otherwise, is not ours, or is being written by somebody else."""
-        if self._file.exists():
-            before = _our_settings(self._file)
+        if self.settings_file.exists():
+            before = _our_settings(self.settings_file)
             for name in asked:
                 self._check(name, before.get(name), asked[name])
             self._settings = before
@@ -85,12 +90,12 @@ class Answers:
 
     def _save(self) -> None:
         """Whole or not at all."""
-        partial = self._file.with_name(f"{self._file.name}.partial")
+        partial = self.settings_file.with_name(f"{self.settings_file.name}.partial")
         partial.write_bytes(to_json(self._settings, "settings"))
-        partial.rename(self._file)
+        partial.rename(self.settings_file)
 
     def _take_lock(self) -> None:
-        lock = self._file.open("rb")
+        lock = self.settings_file.open("rb")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ead_client import EadError
+from ead_client._fields import named_schedule
 from ead_sampler import PRESETS, REGISTRY, AnnealingError, parse_annealing
 from ead_server.annealing import preview
 
@@ -27,20 +28,12 @@ def parsed(text: str) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    if text.lstrip().startswith("{"):
-        try:
-            raw: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise AnnealingError("annealing", f"is not valid JSON ({error}): {text}") from None
-    elif text in PRESETS:
-        raw = {"preset": text}
-    elif text in REGISTRY:
-        raw = {"schedule": text}
-    else:
+    raw = named_schedule(text)
+    if raw == {"schedule": text} and text not in REGISTRY:
         names = ", ".join([*PRESETS, *REGISTRY])
         raise AnnealingError("annealing", f"must be JSON or one of {names}, got {text!r}")
     parse_annealing(raw)
-    return dict(raw)
+    return raw
 
 
 def curves(
@@ -61,6 +54,7 @@ def curves(
 def show(found: Curves, *, as_table: bool, as_json: bool, out: Path | None) -> None:
     """To the file if there is one, else to the terminal."""
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png":
             _draw(found, out)
         else:

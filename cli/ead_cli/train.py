@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,7 +17,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from ead_client import Client, ConnectionFailed, EadError, ServerUnavailable
+from ead_cli.options import never_connected
+from ead_client import Client, ConnectionFailed, EadError, RequestRefused, ServerUnavailable
 from ead_sampler import device
 from ead_sampler.defaults import DEFAULT_ANNEALING
 from ead_server.launch import models
@@ -44,6 +46,38 @@ class RemoteServer:
     def wait_until_ready(self) -> None:
         """Return when it takes requests, or would if it had whole weights. Raises
         ConnectionFailed when that is not so in time."""
+        self._wait(lambda error, left_s: None)
+
+    def find(self, say: Callable[[str], None], countdown: Callable[[str], None]) -> None:
+        """`wait_until_ready` at the beginning: a server that is starting is waited for, while an
+        address where nothing answers, or something else does, is refused at once.
+
+        say: called with one line, if there is a wait. countdown: called again and again meanwhile.
+        """
+        waits = False
+
+        def told(error: EadError, left_s: float) -> None:
+            nonlocal waits
+            url = self.client.base_url
+            if never_connected(error) and not waits:
+                raise ConnectionFailed(
+                    f"server.url: {url} was not ready: no server answers there ({error}); start it "
+                    "first, or correct the address"
+                ) from error
+            if isinstance(error, RequestRefused) and not waits:
+                raise ConnectionFailed(
+                    f"server.url: {url} was not ready: what answers there is no server of ead "
+                    f"(GET /health/ready: {error})"
+                ) from error
+            if not waits:
+                say(f"waiting up to {left_s:.0f} s for the server at {url}, which says: {error}")
+            waits = True
+            countdown(f"waiting for the server, {left_s:.0f} s left")
+
+        self._wait(told)
+
+    def _wait(self, told: Callable[[EadError, float], None]) -> None:
+        """told: called after each try, with what is wrong and the seconds that are left."""
         deadline = time.monotonic() + self.timeout_s
         with Client(self.client.base_url, timeout=5.0, retries=0) as client:
             while True:
@@ -58,16 +92,23 @@ class RemoteServer:
                         raise ConnectionFailed(
                             f"{client.base_url} was not ready in {self.timeout_s:.0f} s: {error}"
                         ) from error
+                    told(error, deadline - time.monotonic())
                 time.sleep(0.5)
 
 
 @contextmanager
 def server_for(
-    config: ServerConfig, model: str, folder: Path, say: Callable[[str], None]
+    config: ServerConfig,
+    model: str,
+    folder: Path,
+    say: Callable[[str], None],
+    countdown: Callable[[str], None] = lambda text: None,
 ) -> Iterator[RemoteServer]:
     """The server at `config.url`, or one that serves `model` and is stopped at the end.
 
-    say: told what is waited for. Raises ServerFailed when a server of our own does not start.
+    say: called with a line about what is waited for. countdown: see RemoteServer.find. Raises
+    ServerFailed when a server of our own does not start, ConnectionFailed when there is none at
+    `config.url`.
     """
     if config.url is not None:
         with Client(
@@ -77,13 +118,20 @@ def server_for(
             timeout=_timeout(config),
         ) as client:
             server = RemoteServer(client, config.timeout_s)
-            server.wait_until_ready()
+            server.find(say, countdown)
             yield server
         return
     device.choose()
     log = folder / "server.log"
     flags = flags_beside_a_trainer(on_cpu=device.is_cpu())
-    arguments = ["--model-path", model, "--weights-root", str(folder), *flags, *config.arguments]
+    arguments = [
+        "--model-path",
+        str(models.resolve(model)),
+        "--weights-root",
+        str(folder),
+        *flags,
+        *config.arguments,
+    ]
     # a run says itself what it samples with
     environ = {DEFAULT_ANNEALING: ""}
     with ServerProcess(arguments, log, command=_COMMAND, environ=environ) as process:
@@ -118,15 +166,30 @@ def run(arguments: list[str], folder: Path, *, resume: bool) -> None:
     config, leads = read_config(arguments), int(os.environ.get("RANK", "0")) == 0
     if leads and not resume:  # before a model is pulled and a server is started
         check_run(config, build_task(config.task))
-    config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # ours is enough
     with Display(_console(), config.steps) as display:
         if not leads:
-            train(config, folder, None, display, resume=resume)
+            train(
+                _with_model(config),
+                folder,
+                None,
+                display,
+                resume=resume,
+                finish_step_on_interrupt=True,
+            )
             return
-        with server_for(config.server, config.model.path, folder, display.say) as server:
-            train(config, folder, server, display, resume=resume)
+        with server_for(
+            config.server, config.model.path, folder, display.say, display.phase
+        ) as server:
+            train(
+                _with_model(config),  # which may be fetched now
+                folder,
+                server,
+                display,
+                resume=resume,
+                finish_step_on_interrupt=True,
+            )
 
 
 def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None:
@@ -134,16 +197,22 @@ def run_evaluation(arguments: list[str], folder: Path, *, as_json: bool) -> None
     config = read_config(arguments)
     task = build_task(config.task)
     check_evaluation(config.evaluation, task)
-    if config.server.url is None:  # else the model is that server's
-        config = _with_model(config)
     folder.mkdir(parents=True, exist_ok=True)
     console = _console(stderr=True)
     with (
-        server_for(config.server, config.model.path, folder, console.print) as server,
-        RewardRunner(task.reward, config.reward) as rewards,
         Progress(console=console, disable=not console.is_terminal, transient=True) as bar,
+        contextlib.ExitStack() as at_the_end,
     ):
-        shown = bar.add_task(escape(f"problems of {task.name}"))
+        shown = bar.add_task("server", total=None)
+
+        def countdown(text: str) -> None:
+            bar.update(shown, description=escape(text))
+
+        server = at_the_end.enter_context(
+            server_for(config.server, config.model.path, folder, console.print, countdown)
+        )
+        rewards = at_the_end.enter_context(RewardRunner(task.reward, config.reward))
+        bar.update(shown, description=escape(f"problems of {task.name}"))
         result = evaluate(
             server.client,
             task,

@@ -5,6 +5,8 @@ with Client("http://127.0.0.1:30000") as client:
     print(answer.choices[0].text, answer.choices[0].rollout.temperatures)
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from ead_client._async.client import AsyncClient
 from ead_client._rollouts import Group, Rollouts
 from ead_client._sync.client import Client
@@ -41,3 +43,8 @@ __all__ = [
     "ServerUnavailable",
     "TimedOut",
 ]
+
+try:
+    __version__ = version("ead")
+except PackageNotFoundError:  # a copy of the sources, which nothing has installed
+    __version__ = "unknown"

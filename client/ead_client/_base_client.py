@@ -11,6 +11,7 @@ import httpx
 
 from ead_client._address import address_of, is_this_machine
 from ead_client._clock import BaseClock
+from ead_client._fields import check_keywords, record, schedule_object
 from ead_client._servers import LIMITS
 from ead_client._types import AnnealingDict, Json, NotGiven
 from ead_client.errors import ApiError, ConnectionFailed, EadError, TimedOut
@@ -19,8 +20,9 @@ Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 # Of a rollout request: texts, token ids, messages, or objects with metadata, prefix and own n.
 Prompts = Sequence[str | Sequence[int] | Messages | Mapping[str, Any]]
-# None: none, even where the server has a default schedule. Left out: as the server does by default
-Annealing = AnnealingDict | Mapping[str, Any] | None
+# A text: a preset's name or a kind's, or JSON. None: none, even where the server has a default
+# schedule. Left out: as the server does by default
+Annealing = AnnealingDict | Mapping[str, Any] | str | None
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -85,6 +87,7 @@ class BaseClient:
     def _completion_body(
         self, annealing: Annealing | NotGiven, rollout: bool | Mapping[str, bool], fields: Json
     ) -> Json:
+        check_keywords(fields)
         return {"model": self.model, **fields, **_our_fields(annealing, rollout)}
 
     def _chat_body(
@@ -95,6 +98,7 @@ class BaseClient:
         fields: Json,
     ) -> Json:
         """Our fields go into `chat_template_kwargs`, which SGLang's router passes on."""
+        check_keywords(fields)
         body = {"model": self.model, "messages": list(messages), **fields}
         ours = _our_fields(annealing, rollout)
         if ours:
@@ -111,6 +115,7 @@ class BaseClient:
         **fields: Any,
     ) -> tuple[Json, dict[str, str]]:
         """Body and headers; `fields` are the request's own (n, entropies, texts)."""
+        check_keywords(sampling_params)
         alone = isinstance(prompts, str | Mapping)  # one prompt, and not its letters or keys
         body: Json = {"prompts": [prompts] if alone else prompts, **fields}
         body |= _our_fields(annealing, False)
@@ -158,9 +163,9 @@ def _our_fields(annealing: Annealing | NotGiven, rollout: bool | Mapping[str, bo
     """Those of a request that OpenAI's API has not, where they are given."""
     fields: Json = {}
     if not isinstance(annealing, NotGiven):
-        fields["annealing"] = None if annealing is None else dict(annealing)
+        fields["annealing"] = schedule_object(annealing)
     if rollout:
-        fields["rollout"] = rollout if isinstance(rollout, bool) else dict(rollout)
+        fields["rollout"] = record(rollout)
     return fields
 
 

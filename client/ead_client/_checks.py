@@ -51,7 +51,10 @@ def transport_error(error: httpx.HTTPError) -> EadError:
     reason = f"{type(error).__name__}: {error}"
     unconnected = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
     if isinstance(error, unconnected) and error._request is not None:
-        proxy = proxy_variable(str(error.request.url))
+        url = error.request.url
+        if url.host != "servers":  # see BaseClient: of several, none is the one
+            reason += f", connecting to {url.scheme}://{url.netloc.decode()}"
+        proxy = proxy_variable(str(url))
         reason += f" (by the proxy that {proxy} names)" if proxy else ""
     is_late = isinstance(error, httpx.TimeoutException)
     return TimedOut(reason) if is_late else ConnectionFailed(reason)

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 Json = dict[str, Any]
+Preset = Literal["recipe", "paper"]
 
 
 class AnnealingDict(TypedDict, total=False):
     """The `annealing` object of a request. The server checks it and reports what it applied."""
 
     schedule: str  # "ead" and the others of /v1/annealing/schema
-    preset: Literal["recipe", "paper"] | None
+    preset: Preset | None
     tau_max: float
     tau_min: float
     decay: float  # tokens

@@ -4,8 +4,8 @@
     ├── ConnectionFailed      no server there, or it went away; also a ConnectionError
     ├── TimedOut              no answer in time; the request may still be running;
     │                         also a TimeoutError
-    ├── NotSendable           a request holds what JSON cannot, such as NaN; nothing was sent;
-    │                         also a ValueError
+    ├── NotSendable           a request holds what JSON cannot, such as NaN, or a mistyped
+    │                         keyword; nothing was sent; also a ValueError
     ├── MalformedAnswer       an answer that is not what the API promises; also a ValueError
     ├── ScheduleIgnored       asked for annealing or a rollout, and the answer has no sign of it
     └── ApiError              the server answered with an error; has its `status`
@@ -43,7 +43,8 @@ class TimedOut(EadError, TimeoutError):
 
 
 class NotSendable(EadError, ValueError):
-    """The request holds what JSON cannot. Nothing was sent. param: where in the request."""
+    """The request holds what JSON cannot, or a keyword that is nearly a known one. Nothing was
+    sent. param: where in the request."""
 
     def __init__(self, param: str, reason: str) -> None:
         super().__init__(param, reason)
@@ -51,7 +52,7 @@ class NotSendable(EadError, ValueError):
 
     @property
     def reason(self) -> str:
-        """Why JSON cannot hold it."""
+        """Why it cannot be sent."""
         return str(self.args[1])
 
     def __str__(self) -> str:

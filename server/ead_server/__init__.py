@@ -8,6 +8,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ead_sampler import __version__ as __version__
+
 if TYPE_CHECKING:
     from ead_server.errors import ServerFailed
     from ead_server.launch.process import ServerProcess

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,15 @@ class Letters:
 
     def reward(self, problem: Question, answer: str) -> float:
         return answer.lower().count("e") / max(1, len(answer))
+
+
+class NeverScored(Letters):
+    """The reward function does not return. It makes the file that BEING_SCORED names."""
+
+    def reward(self, problem: Question, answer: str) -> float:
+        Path(os.environ["BEING_SCORED"]).touch()
+        while True:
+            signal.pause()
 
 
 class EverySecondTooLong(Letters):

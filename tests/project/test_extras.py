@@ -170,3 +170,20 @@ def test_a_command_whose_extra_is_not_installed_says_so(
     assert run.returncode == 1
     assert f"ead: {missing} is not installed, and this command needs it: pip" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "extra"),
+    [
+        ("ead_sampler.parse_annealing", "torch", "'trainer' or 'server'"),
+        ("ead_sampler.PRESETS", "torch", "'trainer' or 'server'"),
+        ("trainer_bridge.Trainer", "torch", "'trainer'"),
+        ("trainer_bridge.read_config", "scipy", "'trainer'"),
+    ],
+)
+def test_a_name_whose_extra_is_not_installed_says_so(name: str, missing: str, extra: str) -> None:
+    module, _, what = name.partition(".")
+    code = f"import sys; sys.modules[{missing!r}] = None; from {module} import {what}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert f"{name} needs {missing}, which comes with the extra {extra} of ead" in last

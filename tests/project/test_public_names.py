@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 
 import pytest
 
@@ -38,3 +39,8 @@ def test_the_public_names_are_these_and_each_says_what_it_is(package: str) -> No
         if callable(value):
             own = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
             assert (own or "").strip(), f"{package}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_every_package_knows_its_version(package: str) -> None:
+    assert importlib.import_module(package).__version__ == metadata.version("ead")

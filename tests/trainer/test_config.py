@@ -56,6 +56,9 @@ def test_a_single_setting_is_toml_or_else_a_string() -> None:
         (["loss.kind=gspo", "loss.clip_low=2"], r"^loss.clip_low: .*equal to 1, got 2$"),
         (["loss.clip_high=-1"], r"^loss.clip_high: .*equal to 0, got -1$"),
         (["rollout.temperature=1"], r"rollout.temperature: Extra inputs are not permitted"),
+        (["optimizer.learning_rte=1"], r"did you mean learning_rate\? allowed: learning_rate, "),
+        (["optimzer.learning_rate=1"], r"optimzer: .*did you mean optimizer\? allowed: steps, "),
+        (["model.lora.rnk=3"], r"model.lora.rnk: .*did you mean rank\? allowed: rank, alpha"),
         (["steps=2", "steps.x=1"], r"steps.x: steps is not a section"),
         (["nowhere.toml"], r"cannot read nowhere.toml: No such file"),
         (["task.kind=a b"], r"task.kind: "),
@@ -101,6 +104,14 @@ def test_a_loss_without_a_kind_is_clip(tmp_path: Path) -> None:
     assert read_config([str(file)]).loss == ClipLossConfig(clip_high=0.3)
     changed = read_config([str(file), "loss.kind=cispo"]).loss
     assert changed == CispoLossConfig(clip_high=0.3)
+
+
+def test_a_schedule_may_be_named() -> None:
+    config = read_config(["rollout.annealing=paper", "evaluation.annealing='cosine'"])
+    assert config.rollout.annealing == {"preset": "paper"}
+    assert config.evaluation.annealing == {"schedule": "cosine"}
+    with pytest.raises(BadConfig, match=r"rollout.annealing.schedule: must be one of"):
+        read_config(["rollout.annealing=cosin"])
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -22,13 +23,14 @@ from helpers.paths import TESTS
 from helpers.reference import TINY_FLAGS, Reference
 from helpers.serving import expected_temperatures
 from helpers.toys import Letters
+from helpers.waiting import wait_for
 from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
 
 from ead_cli.train import RemoteServer
 from ead_client import Client
-from ead_server.launch.process import ServerProcess
+from ead_server.launch.process import ServerProcess, hold_port
 from trainer_bridge.errors import BadConfig, StaleRollout, TooFewRollouts
 from trainer_bridge.policy.batch import RolloutBatch, Sample
 from trainer_bridge.policy.policy import ModelConfig, load_policy
@@ -305,6 +307,103 @@ def test_server_and_trainer_killed_and_the_run_goes_on(
     )
     assert second.returncode == 0, second.stdout + second.stderr
     assert_same_run(folder, uninterrupted, tiny_model)
+
+
+# --- stopped by Ctrl-C ---------------------------------------------------------------------------
+
+
+def begun(ranks: int, *arguments: str, server: ServerProcess) -> list[subprocess.Popen[str]]:
+    """`ead train` with a server that runs, as the ranks that torchrun would start."""
+    environ = {
+        **os.environ,
+        "EAD_ADMIN_API_KEY": server.admin_api_key,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
+    if ranks > 1:
+        with hold_port("127.0.0.1") as held:
+            port = held.getsockname()[1]
+        environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "ead_cli.main", "train", *arguments],
+            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def read_until(process: subprocess.Popen[str], beginning: str) -> str:
+    """What it prints, up to the line that begins so."""
+    said = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        said += line
+        if line.startswith(beginning):
+            return said
+    raise AssertionError(f"no line begins with {beginning!r}:\n{said}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_ctrl_c_finishes_the_step_and_the_run_can_be_resumed(
+    ranks: int,
+    go: Any,
+    uninterrupted: Path,
+    server: ServerProcess,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    asked = settings(tiny_model, f"server.url={server.url}", "checkpoint.every=0")
+    processes = begun(ranks, *asked, "--folder", str(folder), server=server)
+    try:
+        read_until(processes[0], "step 1/4")
+        for process in processes:  # as a terminal sends it
+            process.send_signal(signal.SIGINT)
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [130] * ranks, said
+    (finishing,) = re.findall(
+        r"^finishing step (\d), writing a checkpoint; press again to stop now$", said[0], re.M
+    )
+    assert re.search(
+        rf"^ead: stopped by Ctrl-C after step {finishing}; go on with.* --resume", said[0], re.M
+    )
+    assert not any("ead:" in other or "finishing" in other for other in said[1:])
+    assert not any("Traceback" in one for one in said)
+    done = int(finishing)
+    assert [entry["step"] for entry in read_metrics(folder)] == [*range(done)]
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert saved.name == f"step-{done:06d}"
+    if ranks == 1:
+        go("checkpoint.every=0", folder=folder, resume=True)
+        assert_same_run(folder, uninterrupted, tiny_model)
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    server: ServerProcess, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEING_SCORED", str(tmp_path / "scoring"))
+    never = ("task.kind=helpers.toys:NeverScored", "reward.timeout_s=1000")
+    asked = settings(tiny_model, f"server.url={server.url}", *never)
+    (process,) = begun(1, *asked, "--folder", str(tmp_path / "run"), server=server)
+    try:
+        read_until(process, "letters: run")
+        wait_for((tmp_path / "scoring").exists)
+        process.send_signal(signal.SIGINT)
+        read_until(process, "finishing step 1, writing a checkpoint; press again to stop now")
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "ead: stopped by Ctrl-C; go on with: ead train" in said
+    assert "Traceback" not in said
 
 
 # --- pipelined -----------------------------------------------------------------------------------

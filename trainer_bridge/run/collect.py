@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ead_client import Choice, Client, RequestRefused, Rollout
 from trainer_bridge.algorithms.advantages import overlong_penalty
@@ -22,7 +22,7 @@ from trainer_bridge.errors import StaleRollout, TooFewRollouts
 from trainer_bridge.policy.batch import Sample
 from trainer_bridge.policy.trainer import ScoredAnswers
 from trainer_bridge.run.collected import Collected
-from trainer_bridge.run.rollout_calls import MOST_ANSWERS, ask
+from trainer_bridge.run.rollout_calls import MOST_ANSWERS, ask, schedule_by_name
 from trainer_bridge.run.versions import Versions
 from trainer_bridge.settings import Settings
 from trainer_bridge.tasks.reward_runner import RewardRunner
@@ -56,7 +56,7 @@ class RolloutConfig(Settings):
     prompts_per_step: int = Field(8, ge=1)
     samples_per_prompt: int = Field(8, ge=2, description="answers in a group")
     max_new_tokens: int = Field(256, ge=1)
-    annealing: dict[str, Any] = Field(
+    annealing: Annotated[dict[str, Any], BeforeValidator(schedule_by_name)] = Field(
         {}, description='the schedule, its step filled in; {"schedule": "constant"}: temperature 1'
     )
     sampling: Annotated[dict[str, Any], AfterValidator(_further)] = Field(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -159,20 +160,34 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
-        raise BadConfig(in_words(error)) from None
+        raise BadConfig(in_words(error, TrainConfig)) from None
 
 
-def in_words(error: ValidationError, *above: str) -> str:
-    """What is wrong with settings of the sections `above`, a line each."""
-    return "\n".join(_in_words(problem, above) for problem in error.errors(include_url=False))
+def in_words(error: ValidationError, model: Any, *above: str) -> str:
+    """What is wrong with settings of the sections `above`, a line each. model: what they make."""
+    problems = error.errors(include_url=False)
+    return "\n".join(_in_words(problem, model, above) for problem in problems)
 
 
-def _in_words(problem: ErrorDetails, above: tuple[str, ...]) -> str:
+def _in_words(problem: ErrorDetails, model: Any, above: tuple[str, ...]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden" and (allowed := _keys(model, problem["loc"][:-1])):
+        nearest = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        message += f" ({hint}allowed: {', '.join(allowed)})"
     place = ".".join(map(str, (*above, *problem["loc"])))
     if not problem["loc"]:  # of settings together, which it names
         return f"{place}: {message}" if place else message
     return f"{place}: {message}, got {problem['input']!r:.100}"
+
+
+def _keys(model: Any, sections: Sequence[int | str]) -> list[str]:
+    """The settings of a section, by its place in `model`; none where that cannot be told."""
+    for section in sections:
+        field = getattr(model, "model_fields", {}).get(section)
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+    return [*getattr(model, "model_fields", {})]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ead_client import Choice, Client, Group, Rollout
 from trainer_bridge.algorithms import estimators
 from trainer_bridge.errors import BadConfig
-from trainer_bridge.run.rollout_calls import MOST_ANSWERS, ask
+from trainer_bridge.run.rollout_calls import MOST_ANSWERS, ask, schedule_by_name
 from trainer_bridge.settings import Settings
 from trainer_bridge.tasks.reward_runner import RewardRunner
 from trainer_bridge.tasks.rewards import Outcome, RewardFailure
@@ -38,7 +38,7 @@ class EvaluationConfig(Settings):
     temperature: float = Field(
         default=1.0, ge=0, le=10, description="of every token; 0: the likeliest one"
     )
-    annealing: dict[str, Any] | None = Field(
+    annealing: Annotated[dict[str, Any] | None, BeforeValidator(schedule_by_name)] = Field(
         default=None, description="a schedule, in place of the temperature"
     )
     solved_at: float = Field(default=1.0, description="reward from which on a problem is solved")

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import torch
 
-from trainer_bridge.errors import BadConfig, CheckpointFailed
+from trainer_bridge.errors import BadConfig, CheckpointFailed, Interrupted
 from trainer_bridge.policy import ranks
 from trainer_bridge.policy.policy import Policy, load_policy
 from trainer_bridge.policy.trainer import Trainer
 from trainer_bridge.run import checkpoint
 from trainer_bridge.run.checkpoint import Progress
+from trainer_bridge.run.collected import Collected
 from trainer_bridge.run.config import TrainConfig
+from trainer_bridge.run.interrupt import Interrupt
 from trainer_bridge.run.lock import alone_in
 from trainer_bridge.run.rank_zero import RankZero, Server, Weights
 from trainer_bridge.run.report import Display, check_folder
@@ -40,12 +42,17 @@ def train(
     display: Display,
     *,
     resume: bool = False,
+    finish_step_on_interrupt: bool = False,
 ) -> None:
     """Run `config` to its end, in `folder`.
 
-    server: on rank 0; the other ranks of `torchrun` only compute, and need none. Raises BadConfig
-    for a folder that already holds a run, unless `resume`; Diverged, TooFewRollouts and the other
-    errors of this package as they say, with everything up to the last checkpoint kept.
+    server: on rank 0; the other ranks of `torchrun` only compute, and need none.
+    finish_step_on_interrupt: the first SIGINT ends the run after the step in progress, with a
+    checkpoint, by raising Interrupted on every rank; a second one raises KeyboardInterrupt at once.
+
+    Raises BadConfig for a folder that already holds a run, unless `resume`; Diverged,
+    TooFewRollouts and the other errors of this package as they say, with everything up to the last
+    checkpoint kept.
     """
     device = ranks.join(config.ranks_timeout_s)
     with contextlib.ExitStack() as at_the_end:
@@ -78,7 +85,9 @@ def train(
             rank_zero = RankZero(config, folder, server, tokenizer, display, begin)
             at_the_end.callback(rank_zero.close)
         begin = replace(begin, ahead=())  # many answers, which the rank_zero alone has a use for
-        _run(config, saved, trainer, rank_zero, begin)
+        say = None if rank_zero is None else display.say
+        interrupt = Interrupt(say, enabled=finish_step_on_interrupt)
+        _run(config, saved, trainer, rank_zero, begin, interrupt)
         policy.save(folder / "model", tokenizer)
         if rank_zero is not None:
             rank_zero.finish()
@@ -95,17 +104,46 @@ def _reference(config: TrainConfig, device: torch.device) -> Policy | None:
 
 
 def _run(
-    config: TrainConfig, saved: Path, trainer: Trainer, rank_zero: RankZero | None, begin: Progress
+    config: TrainConfig,
+    saved: Path,
+    trainer: Trainer,
+    rank_zero: RankZero | None,
+    begin: Progress,
+    interrupt: Interrupt,
 ) -> None:
     """The steps, in which all ranks take part."""
     weights = _weights(trainer.policy, config)
     if rank_zero is not None:
         rank_zero.publish(weights, begin.step)
         rank_zero.tell_untold()
+    with interrupt:
+        _steps(config, saved, trainer, rank_zero, begin, interrupt)
+
+
+def _steps(
+    config: TrainConfig,
+    saved: Path,
+    trainer: Trainer,
+    rank_zero: RankZero | None,
+    progress: Progress,
+    interrupt: Interrupt,
+) -> None:
+    """The steps after those of `progress`. Raises Interrupted."""
     unsaved: CheckpointFailed | None = None
-    for step in range(begin.step, config.steps):
-        started = time.perf_counter()
-        collected = ranks.broadcast(rank_zero.collect(step) if rank_zero else None)
+    saved_step = begun_at = progress.step
+    for step in range(begun_at, config.steps):
+        started, interrupt.step = time.perf_counter(), step
+        # rank 0 decides for all whether there is another step, with the answers that it sends
+        answers: Collected | None = None
+        if rank_zero is not None and not interrupt.asked:
+            answers = rank_zero.collect(step)
+        collected = ranks.broadcast(answers)
+        if collected is None:
+            if saved_step < step:
+                with _timed(rank_zero, "checkpoint"):
+                    ahead = rank_zero.ahead() if rank_zero is not None else ()
+                    unsaved = _save(saved, trainer, replace(progress, ahead=ahead), config)
+            raise unsaved or Interrupted(f"stopped by Ctrl-C after step {step}", done=step)
         with _timed(rank_zero, "update"):
             metrics = trainer.update(collected.answers)
         if rank_zero is not None and config.rollout.versions_apart:
@@ -113,14 +151,14 @@ def _run(
         weights = _weights(trainer.policy, config)
         if rank_zero is not None:
             rank_zero.publish(weights, step + 1)
-        every, last = config.checkpoint.every, step + 1 == config.steps
-        if rank_zero is not None:
             metrics |= rank_zero.numbers(step, collected, time.perf_counter() - started)
+        progress = Progress(step + 1, collected.position, progress.run_id, metrics)
+        every, last = config.checkpoint.every, step + 1 == config.steps
         if last or (every and (step + 1) % every == 0) or unsaved is not None:
             with _timed(rank_zero, "checkpoint"):
                 ahead = rank_zero.ahead() if rank_zero is not None else ()
-                progress = Progress(step + 1, collected.position, begin.run_id, metrics, ahead)
-                unsaved = _save(saved, trainer, progress, config)
+                unsaved = _save(saved, trainer, replace(progress, ahead=ahead), config)
+            saved_step = step + 1 if unsaved is None else saved_step
         if rank_zero is not None:
             rank_zero.tell(step, {**metrics, "checkpoint/failed": float(unsaved is not None)})
             if unsaved is not None:

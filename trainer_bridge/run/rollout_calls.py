@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ead_client import Client, Group
+from ead_client._fields import named_schedule
 
 # of `ead serve`, unless it is told otherwise: --max-answers, --max-n
 MOST_ANSWERS, MOST_OF_A_PROMPT = 4096, 128
@@ -72,3 +73,8 @@ def _joined(index: int, parts: Sequence[Group]) -> Group:
     numbered = [answer.model_copy(update={"index": i}) for i, answer in enumerate(answers)]
     error = next((part.error for part in parts if part.error is not None), None)
     return parts[0].model_copy(update={"index": index, "error": error, "answers": numbered})
+
+
+def schedule_by_name(annealing: Any) -> Any:
+    """A schedule as it may be set: by the name of a preset or of a kind, or as an object."""
+    return named_schedule(annealing) if isinstance(annealing, str) else annealing

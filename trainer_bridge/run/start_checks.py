@@ -25,7 +25,7 @@ def build_task(config: TaskConfig) -> Task:
     try:
         return config.build()
     except ValidationError as error:
-        raise BadConfig(in_words(error, "task", "parameters")) from None
+        raise BadConfig(in_words(error, config.maker(), "task", "parameters")) from None
     except Exception as error:  # of a user's module, class or parameters
         raise BadConfig(f"task.kind {config.kind!r}: {type(error).__name__}: {error}") from error
 

@@ -83,9 +83,13 @@ class TaskConfig(Settings):
         description="of the task, see its class; reasoning-gym's default: products of two digits",
     )
 
+    def maker(self) -> Any:
+        """What makes the task of its parameters. Raises ImportError, AttributeError."""
+        return _named(_BUILT_IN.get(self.kind, self.kind))
+
     def build(self) -> Task:
         """The task. Raises ValueError or TypeError for wrong parameters, ImportError."""
-        task = _named(_BUILT_IN.get(self.kind, self.kind))(**self.parameters)
+        task = self.maker()(**self.parameters)
         if not isinstance(task, Task):
             raise TypeError(f"{self.kind} made {task!r:.100}, which lacks name, problem or reward")
         return task

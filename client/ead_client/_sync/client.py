@@ -92,11 +92,13 @@ class Client(BaseClient):
     ) -> Completion:
         """One chat request; `fields` are OpenAI's (n, max_tokens, stop, ...).
 
-        annealing: the schedule; None: none, even where the server has a default one; left out: that
-        default, if there is one.
+        annealing: the schedule, as an object, or by the name of a preset ("paper") or of a kind
+        ("cosine"); None: none, even where the server has a default one; left out: that default, if
+        there is one.
 
-        Raises ScheduleIgnored when the answer does not show the schedule, RequestRefused for a
-        bad field, and the other errors of `ead_client`.
+        Raises NotSendable for a keyword that is nearly a known one, before anything is sent;
+        ScheduleIgnored when the answer does not show the schedule; RequestRefused for a bad field;
+        and the other errors of `ead_client`.
         """
         body = self._chat_body(messages, annealing, rollout, fields)
         return checked_answer(body, self.request("POST", CHAT, body))

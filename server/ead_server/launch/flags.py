@@ -7,6 +7,9 @@ by a variable. So what matters is read from the arguments as SGLang has parsed t
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -54,6 +57,45 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         return list(ConfigArgumentMerger(parser).merge_config_with_args(whole))
     except (OSError, ValueError) as error:
         refuse(f"--config: {error}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """SGLang's flags, with mistakes in one line: its own parser prints all its flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.fullmatch(
+            r"argument (--[^/]+).*: expected (?:one|at least one) argument", message
+        )
+        if found is not None:
+            refuse(f"{found[1]} needs a value")
+        print(f"ead: {message}", file=sys.stderr)
+        raise SystemExit(2)  # as argparse, for a command that cannot be run again as it is
+
+
+def check(arguments: Sequence[str], own_flags: Sequence[str]) -> None:
+    """Raises SystemExit for an unknown flag, with the nearest that is known, and for a value that a
+    flag does not take.
+
+    own_flags: those of `ead serve` itself, which are taken out of the arguments already.
+    """
+    from sglang.srt.server_args import ServerArgs
+
+    parser = _Parser(prog="ead serve", add_help=False)
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        action.required = False  # what is left out has a default of ours
+    values, unknown = parser.parse_known_args(list(arguments))
+    if not 0 <= values.port <= 65535:
+        parser.error(f"--port: must be an integer from 0 to 65535, got {values.port}")
+    if not unknown:
+        return
+    name = unknown[0].partition("=")[0]
+    if not name.startswith("-"):
+        parser.error(f"ead serve has no argument {name!r}: everything is a flag and its value")
+    known = [*parser._option_string_actions, *own_flags]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see `ead serve --help`"
+    parser.error(f"{name} is not a flag of ead serve or SGLang; {hint}")
 
 
 def refuse(message: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import signal
@@ -21,6 +22,7 @@ from ead_server.lifecycle.watch import LOOK_SECONDS, StoppedProcesses
 from ead_server.settings import read_key
 
 HOST = "127.0.0.1"
+_IN_A_HURRY_S = 5.0  # for a server to end by itself that nobody needs any more
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -126,8 +128,9 @@ class ServerProcess:
     def __enter__(self) -> ServerProcess:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # after an error, or Ctrl-C, nobody waits for the answers that the server would finish
+        self.stop() if kind is None else self.stop(_IN_A_HURRY_S)
 
 
 def flags_beside_a_trainer(*, on_cpu: bool) -> list[str]:
@@ -228,6 +231,16 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _free_port_after(host: str, port: int) -> int | None:
+    """The next port that nothing listens on, where there is one among the next hundred."""
+    for free in range(port + 1, min(port + 101, 65536)):
+        family, *_, address = socket.getaddrinfo(host, free, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as tried, contextlib.suppress(OSError):
+            tried.bind(address)
+            return free
+    return None
+
+
 def hold_port(host: str, port: int = 0) -> socket.socket:
     """A socket that keeps a TCP port (0: any free one) for a server that will listen on it.
 
@@ -235,6 +248,8 @@ def hold_port(host: str, port: int = 0) -> socket.socket:
     that asks for this one with SO_REUSEADDR, as uvicorn does, gets it. Raises ServerFailed when it
     is taken or the host is not this machine's.
     """
+    if not 0 <= port <= 65535:  # getaddrinfo would take the rest of a division
+        raise ServerFailed(f"--port: must be an integer from 0 to 65535, got {port}")
     with contextlib.ExitStack() as on_error:
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -242,6 +257,9 @@ def hold_port(host: str, port: int = 0) -> socket.socket:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind(address)
         except OSError as error:
-            raise ServerFailed(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            reason = f"cannot listen on {host}:{port}: {error.strerror}"
+            if error.errno == errno.EADDRINUSE and (free := _free_port_after(host, port)):
+                reason += f"; --port {free} is free"
+            raise ServerFailed(reason) from error
         on_error.pop_all()
     return held

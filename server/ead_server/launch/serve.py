@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ead_sampler import device
@@ -35,10 +35,18 @@ _CPU_FLAGS = (
 )
 
 
-def serve(arguments: list[str], settings: Settings, annealing: str | None = None) -> None:
+def serve(
+    arguments: list[str],
+    settings: Settings,
+    annealing: str | None = None,
+    *,
+    own_flags: Sequence[str] = (),
+) -> None:
     """Run the server until it is stopped.
 
     arguments: SGLang's, all passed on. annealing: JSON, the schedule of requests without one.
+
+    own_flags: those of `ead serve` itself, to be named where one is mistyped.
 
     Before any model is loaded, raises SystemExit when this SGLang cannot be extended, and
     ServerFailed when the port is taken.
@@ -48,6 +56,7 @@ def serve(arguments: list[str], settings: Settings, annealing: str | None = None
     if annealing is not None:
         os.environ[DEFAULT_ANNEALING] = annealing
     arguments = flags.expanded(arguments)
+    flags.check(arguments, own_flags)
     arguments = with_defaults(arguments, cpu=device.is_cpu())
     settings.export()
     log_to_stderr()
