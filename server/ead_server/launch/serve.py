@@ -45,7 +45,6 @@ def serve(
     """Run the server until it is stopped.
 
     arguments: SGLang's, all passed on. annealing: JSON, the schedule of requests without one.
-
     own_flags: those of `ead serve` itself, to be named where one is mistyped.
 
     Before any model is loaded, raises SystemExit when this SGLang cannot be extended, and
@@ -78,10 +77,9 @@ def serve(
     if refused is not None:
         flags.refuse(refused)
     settings = flags.with_keys_of(settings, server_args)
-    on_loopback = is_loopback(server_args.host)
-    settings = settings.model_copy(update={"on_loopback": on_loopback})
+    settings = settings.model_copy(update={"on_loopback": is_loopback(server_args.host)})
     settings.export()
-    if not on_loopback and settings.api_key is None:
+    if not settings.on_loopback and settings.api_key is None:
         _say(
             f"WARNING: listening on {server_args.host} without an API key: whoever reaches this "
             "port can generate without limit; set EAD_API_KEY or --api-key-file"
