@@ -23,118 +23,31 @@ from ead_cli.options import (
     Url,
     client_of,
     errors_as_messages,
-    read_key,
     sampling_params,
     schedule_of,
 )
 from ead_cli.outputs import check_file, check_folder
+from ead_cli.serve import serve
 
 app = typer.Typer(
-    help="Exploratory Annealed Decoding: hot early tokens, cool late ones, over HTTP.",
+    help="Serve, sample and train with annealed temperatures: high at first, low at the end.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(models, name="models")
 
 
-# long, since each flag of the command is a parameter of its function
-@app.command(
+app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=True,
-)
-def serve(
-    context: typer.Context,
-    annealing: Annotated[
-        str | None,
-        typer.Option(
-            envvar="EAD_ANNEALING",
-            help="Schedule of requests that name none: JSON, a preset, or a kind.",
-        ),
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="EAD_API_KEY", help="Asked of every call but health.")
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(envvar="EAD_API_KEY_FILE", help="A file that holds it.")
-    ] = None,
-    admin_api_key: Annotated[
-        str | None,
-        typer.Option(envvar="EAD_ADMIN_API_KEY", help="For weights, schedule, step, aborts."),
-    ] = None,
-    admin_api_key_file: Annotated[
-        Path | None, typer.Option(envvar="EAD_ADMIN_API_KEY_FILE", help="A file that holds it.")
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="A site whose pages may call this server, https://HOST; *: all."),
-    ] = None,
-    weights_root: Annotated[
-        Path | None,
-        typer.Option(envvar="EAD_WEIGHTS_ROOT", help="Folder that weights may be loaded from."),
-    ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Of one request.")] = 32 << 20,
-    max_answers: Annotated[int, typer.Option(help="Prompts times n of one request.")] = 4096,
-    max_n: Annotated[int, typer.Option(help="Answers to one prompt.")] = 128,
-    drain_seconds: Annotated[
-        float, typer.Option(help="For answers in progress when the server is told to end.")
-    ] = 30.0,
-    log_format: Annotated[
-        str, typer.Option(envvar="EAD_LOG_FORMAT", help="One line per request: text, json or off.")
-    ] = "text",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start again when the server dies.")
-    ] = False,
-) -> None:
-    """Start the extended SGLang server. Every SGLang flag is passed on.
-
-    Without --model-path it serves SmolLM2-135M-Instruct; without a GPU it runs on the CPU.
-    What changes the server (weights, schedule, step, aborts) is closed without an admin key.
-
-    Example: ead serve --model-path smollm2 --annealing '{"preset": "paper"}' --port 30000
-
-    SGLang's flags: python -m sglang.launch_server --help
-    """
-    import json
-
-    from pydantic import ValidationError
-
-    from ead_server.launch import serve
-    from ead_server.settings import Settings
-
-    if restart:
-        from ead_server.launch.process import keep_alive
-
-        command = [a for a in sys.argv[1:] if a != "--restart"]
-        raise SystemExit(keep_alive([sys.executable, "-m", "ead_cli.main", *command]))
-    try:
-        settings = Settings.model_validate(
-            {
-                "api_key": read_key(api_key, api_key_file),
-                "admin_api_key": read_key(admin_api_key, admin_api_key_file),
-                "cors_origins": tuple(cors_origin or ()),
-                "weights_root": weights_root,
-                "max_body_bytes": max_body_bytes,
-                "max_answers": max_answers,
-                "max_n": max_n,
-                "drain_seconds": drain_seconds,
-                "log_format": log_format,
-            }
-        )
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        flag = str(first["loc"][0]).replace("_", "-").replace("origins", "origin")
-        raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
-    with errors_as_messages():
-        default = json.dumps(schedule_of(annealing)) if annealing else None
-        own = [flag for option in context.command.params for flag in option.opts]
-        serve.serve(context.args, settings, default, own_flags=own)
+)(serve)
 
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="GRPO steps.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Number of GRPO steps.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the picture and logs.")] = Path("runs/demo"),
-    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 0,
+    port: Annotated[int, typer.Option(help="Port of the server; 0 picks a free one.")] = 0,
 ) -> None:
     """Serve, chat, train a few GRPO steps and draw what happened. Stops what it started.
 
@@ -151,13 +64,13 @@ def demo(
 def train(
     config: Annotated[
         list[str] | None,
-        typer.Argument(help="A TOML file, and settings such as optimizer.learning_rate=1e-5."),
+        typer.Argument(help="TOML file, and settings such as optimizer.learning_rate=1e-5."),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="For everything that the run leaves.")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder for all files of the run.")] = Path(
         "runs/train"
     ),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
     ] = False,
 ) -> None:
     """Train a policy by GRPO on annealed rollouts. Starts a server if `server.url` names none.
@@ -185,10 +98,12 @@ def _resumed(config: list[str], folder: Path) -> str:
 def evaluate(
     config: Annotated[
         list[str] | None,
-        typer.Argument(help="A TOML file, and settings such as evaluation.problems=200."),
+        typer.Argument(help="TOML file, and settings such as evaluation.problems=200."),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="For a server's log.")] = Path("runs/eval"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    folder: Annotated[Path, typer.Option(help="Folder for the log of the server.")] = Path(
+        "runs/eval"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure pass@k, worst@k, maj@k and the mean reward on held-out problems.
 
@@ -206,7 +121,7 @@ def evaluate(
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="Of a run.")] = Path("runs/train"),
+    folder: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/train"),
 ) -> None:
     """Draw a run's curves again and say where they are.
 
@@ -223,19 +138,25 @@ def plot(
 def schedule(
     schedules: Annotated[
         list[str] | None,
-        typer.Argument(help="JSON, a preset (recipe, paper) or a kind (cosine, ...); several."),
+        typer.Argument(help="Schedules: JSON, a preset (recipe, paper) or a kind (cosine, ...)."),
     ] = None,
     step: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="Training step; several. None: the schedule's own, or 0."),
+        typer.Option(
+            min=0, help="Training step; repeat it for several. Default: that of the schedule, or 0."
+        ),
     ] = None,
-    length: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens.")] = 512,
+    length: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of tokens.")] = 512,
     entropy: Annotated[
-        float, typer.Option(min=0, max=20, help="Nats, for schedules that look at it.")
+        float, typer.Option(min=0, max=20, help="Entropy in nats, for schedules that use it.")
     ] = 1.0,
-    table: Annotated[bool, typer.Option("--table", help="Numbers in place of a plot.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A .png or .svg file.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print numbers instead of a plot.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the plot to this .png or .svg file.")
+    ] = None,
 ) -> None:
     """Show temperatures by token, of one schedule or of several to compare.
 
@@ -254,13 +175,15 @@ def schedule(
 
 @app.command()
 def chat(
-    question: Annotated[str | None, typer.Argument(help="None: type as many as you like.")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="Without a question, chat interactively.")
+    ] = None,
     annealing: Scheduled = "paper",
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
-    by: Annotated[str, typer.Option(help="Colour: temperature, entropy or surprise.")] = (
-        "temperature"
-    ),
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    by: Annotated[
+        str, typer.Option(help="What colours a token: temperature, entropy or surprise.")
+    ] = ("temperature"),
     url: Url = LOCAL,
     api_key: ApiKey = None,
 ) -> None:
@@ -280,30 +203,35 @@ def chat(
 
 @app.command()
 def rollout(
-    prompts: Annotated[Path, typer.Argument(help="Lines of text (.txt), or of JSON (.jsonl).")],
+    prompts: Annotated[
+        Path, typer.Argument(help="File with one prompt per line: text (.txt) or JSON (.jsonl).")
+    ],
     out: Annotated[
-        Path, typer.Option(help="A .jsonl file, or a folder for safetensors files.")
+        Path, typer.Option(help="Output: a .jsonl file, or a folder for safetensors files.")
     ] = Path("rollouts.jsonl"),
     n: Annotated[
-        int | None, typer.Option("-n", min=1, help="Answers to each prompt; default 1.")
+        int | None, typer.Option("-n", min=1, help="Number of answers to each prompt; default 1.")
     ] = None,
     annealing: Scheduled = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer; default 512.")
+        int | None, typer.Option(min=1, help="Most tokens of an answer; default 512.")
     ] = None,
     sampling: Annotated[
-        str, typer.Option(help='JSON of SGLang\'s sampling parameters, as {"top_p": 0.9}.')
+        str, typer.Option(help='SGLang\'s sampling parameters as JSON, such as {"top_p": 0.9}.')
     ] = "{}",
-    entropies: Annotated[bool, typer.Option("--entropies", help="Of every token too.")] = False,
+    entropies: Annotated[
+        bool, typer.Option("--entropies", help="Also return the entropy of every token.")
+    ] = False,
     per_call: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts in one request; default 64, or as few as fit in it."),
+        typer.Option(min=1, help="Prompts per request; default 64, or fewer if they are long."),
     ] = None,
     url: Annotated[
-        list[str] | None, typer.Option(envvar="EAD_URL", help="Of the server, or of several.")
+        list[str] | None,
+        typer.Option(envvar="EAD_URL", help="Server URL; repeat it for several servers."),
     ] = None,
     api_key: ApiKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Counts as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Have a file of prompts answered. The same call again goes on where it was stopped.
 
@@ -330,12 +258,14 @@ def rollout(
 
 @app.command()
 def bench(
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers at once.")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Beside one to warm up.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Number of answers at once.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds to measure, after one to warm up.")
+    ] = 5,
     url: Url = LOCAL,
     api_key: ApiKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure what annealing costs on a server that runs.
 
@@ -349,7 +279,7 @@ def bench(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what is installed, check it against SGLang, and sample a little. Status 1 if wrong.
 

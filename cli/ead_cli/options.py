@@ -14,12 +14,16 @@ import typer
 if TYPE_CHECKING:
     from ead_client import Client
 
-Url = Annotated[str, typer.Option(envvar="EAD_URL", help="Of the server.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="EAD_API_KEY", help="If the server asks.")]
+Url = Annotated[str, typer.Option(envvar="EAD_URL", help="Server URL.")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="EAD_API_KEY", help="API key, if the server needs one.")
+]
 LOCAL = "http://127.0.0.1:30000"
 Scheduled = Annotated[
     str | None,
-    typer.Option("--annealing", help="Schedule: JSON, a preset, or a kind; none: temperature 1."),
+    typer.Option(
+        "--annealing", help="Schedule: JSON, a preset, or a kind. Without it, temperature 1."
+    ),
 ]
 
 
