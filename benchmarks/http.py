@@ -202,7 +202,7 @@ def main() -> None:
     device.choose()
     with tempfile.TemporaryDirectory() as folder:
         tests = Path(__file__).parents[1] / "tests"
-        make_tiny_model = runpy.run_path(str(tests / "tiny.py"))["make_tiny_model"]
+        make_tiny_model = runpy.run_path(str(tests / "helpers" / "tiny.py"))["make_tiny_model"]
         tiny = ["--model-path", str(make_tiny_model(Path(folder) / "model")), "--dtype", "float32"]
         model = ["--model-path", models.resolve(options.model)] if options.model else tiny
         arguments = with_defaults([*model, "--max-total-tokens", "65536"], cpu=device.is_cpu())

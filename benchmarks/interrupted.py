@@ -256,7 +256,7 @@ def main() -> None:
     result: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        make_tiny_model = runpy.run_path(str(TESTS / "tiny.py"))["make_tiny_model"]
+        make_tiny_model = runpy.run_path(str(TESTS / "helpers" / "tiny.py"))["make_tiny_model"]
         model = make_tiny_model(place / "model")
         arguments = [f"model.path={model}", f"steps={options.steps}", *SETTINGS]
         arguments += [f"checkpoint.every={options.every}"]

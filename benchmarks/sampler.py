@@ -60,7 +60,7 @@ def ead_row_by_row(logits: torch.Tensor, custom_param_list: list[dict[str, Any]]
     return logits
 
 
-def _retried(sampler: Any, *arguments: Any) -> Any:
+def _with_repairs(sampler: Any, *arguments: Any) -> Any:
     """Sampler._sample_from_probs, hooked."""
     bad_numbers.mend_probabilities(sampler, *arguments)
     return type(sampler)._sample_from_probs(sampler, *arguments)
@@ -114,7 +114,7 @@ class Steps:
         setattr(info, sampling.ROWS, self.rows[mode])
 
         def forward(sampler: Any, *arguments: Any) -> Any:
-            sampler._sample_from_probs = partial(_retried, sampler)
+            sampler._sample_from_probs = partial(_with_repairs, sampler)
             try:
                 return Sampler.forward(sampler, *arguments)
             finally:

@@ -241,7 +241,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tests = Path(__file__).parents[1] / "tests"
-        model = runpy.run_path(str(tests / "tiny.py"))["make_tiny_model"](folder / "model")
+        model = runpy.run_path(str(tests / "helpers" / "tiny.py"))["make_tiny_model"](
+            folder / "model"
+        )
         kept = memory(model, folder, options, console) if options.minutes else []
         rows = table_of_dying(model, folder, options, console)
     report(kept, rows, as_json=options.json)

@@ -14,9 +14,9 @@ import os
 from functools import lru_cache
 from typing import Any
 
-from ead_sampler.schedules import AnnealingError, check_all_steps
+from ead_sampler.schedules import PRESETS, REGISTRY, AnnealingError, check_all_steps
 
-DEFAULT_ANNEALING = "EAD_ANNEALING"  # environment: JSON of a schedule
+DEFAULT_ANNEALING = "EAD_ANNEALING"  # environment: JSON of a schedule, or its name
 
 _NUMBERS = 3  # int64: training step + 1, weight updates, version of the schedule
 _SLOT = 1 << 16  # bytes of a schedule's JSON, padded with spaces
@@ -132,6 +132,8 @@ def set_default_annealing(raw: dict[str, Any] | None) -> None:
 def _parsed(text: str) -> dict[str, Any] | None:
     if not text:
         return None
+    if text in PRESETS or text in REGISTRY:
+        return {"preset" if text in PRESETS else "schedule": text}
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:

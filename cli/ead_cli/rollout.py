@@ -134,8 +134,9 @@ def _served(client: Client) -> dict[str, Any]:
 
 
 def _found(action: Callable[[], T], bar: Progress) -> T:
-    """The result of the first call to the server. One that is starting is waited for; an address
-    where nothing answers is taken for a wrong one."""
+    """The result of the first call to the server. One that answers that it is starting is waited
+    for; an address where nothing listens is taken for a wrong one, since SGLang listens only once
+    the model is loaded."""
     until = time.monotonic() + _PATIENCE_S
     while True:
         try:

@@ -96,6 +96,7 @@ def serve(
         flag = str(first["loc"][0]).replace("_", "-").replace("origins", "origin")
         raise SystemExit(f"ead: --{flag}: {first['msg']}") from None
     with errors_as_messages():
-        default = json.dumps(schedule_of(annealing)) if annealing else None
+        none = annealing is None or annealing.strip() in ("", "null")
+        default = None if none else json.dumps(schedule_of(annealing))
         own = [flag for option in context.command.params for flag in option.opts]
         serve.serve(context.args, settings, default, own_flags=own)

@@ -134,6 +134,8 @@ def schedule_object(annealing: Mapping[str, Any] | str | None) -> Json | None:
         return named_schedule(annealing)
     if annealing is None:
         return None
+    if hasattr(annealing, "model_dump"):  # what ead_sampler.suggest_schedule gives
+        return dict(annealing.model_dump(exclude_none=True))
     if not isinstance(annealing, Mapping):
         raise NotSendable(
             "annealing",

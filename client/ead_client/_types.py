@@ -24,6 +24,7 @@ class AnnealingDict(TypedDict, total=False):
 
     schedule: str  # "ead" and the others of /v1/annealing/schema
     preset: Preset | None
+    length: float  # tokens of a usual answer, in place of preset and decay numbers
     tau_max: float
     tau_min: float
     decay: float  # tokens

@@ -253,6 +253,8 @@ def check_all_steps(raw: dict[str, Any], *, last: int = MAX_STEP) -> None:
 
 def _describe(kind: type[BaseModel], error: Any) -> AnnealingError:
     """One pydantic error as a sentence with the allowed range."""
+    if not error["loc"]:  # of the whole object
+        return AnnealingError("annealing", f"{error['msg']}, got {short_repr(error['input'])}")
     value, (*parents, last) = error["input"], error["loc"]
     model = kind
     for parent in parents:  # an index, or a field that holds another model

@@ -12,7 +12,7 @@ The others are the comparisons that a study of EAD needs. Legend: B = rows.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -65,10 +65,12 @@ class EadNumbers(Range):
     preset: Literal["recipe", "paper"] | None = Field(
         None, description="named decay, decay_growth and decay_cap; explicit numbers win"
     )
-    length: Tokens | None = Field(
+    length: float | None = Field(
         None,
-        description="tokens of a usual answer: decay numbers that reach tau_min halfway, and a "
-        "warmup to match; explicit numbers win",
+        ge=1.0,
+        le=1e9,
+        description="tokens of a usual answer, in place of preset and decay numbers: the last "
+        "temperature is reached halfway, and warmup fits unless it is given",
     )
     decay: Tokens = Field(_DEFAULT["decay"], description="d_0, tokens")
     decay_growth: float = Field(
@@ -77,17 +79,40 @@ class EadNumbers(Range):
     decay_cap: Tokens = Field(_DEFAULT["decay_cap"], description="largest d_s, tokens")
     warmup: int = Field(10, ge=0, le=1_000_000, description="first tokens, at temperature 1")
 
+    warmup_fits_length: ClassVar[bool] = True
+
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset_and_length(cls, raw: Any) -> Any:
+    def _fill_from_preset_or_length(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        preset, length = raw.get("preset"), raw.get("length")
-        taus = raw.get("tau_max", 1.2), raw.get("tau_min", 0.1)
-        # what is unknown, or no number, is reported by its own field
-        named = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-        sized = {} if length is None else _sized_for(length, *taus)
-        return {**named, **sized, **raw}
+        if raw.get("length") is not None:
+            for name in ("preset", "decay", "decay_growth", "decay_cap"):
+                if raw.get(name) is not None:
+                    message = f"sets the decay numbers, and cannot be combined with {name}"
+                    raise AnnealingError("annealing.length", message)
+            return cls._sized(raw)
+        preset = raw.get("preset")
+        # an unknown preset is reported by its own field
+        return {**PRESETS.get(preset, {}), **raw} if isinstance(preset, str) else raw
+
+    @classmethod
+    def _sized(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """With numbers that reach tau_min at half of `length`, and no length any more. The first
+        eighth or so is then above temperature 1, as the paper's rule of thumb has it."""
+        length, tau_max, tau_min = raw["length"], raw.get("tau_max", 1.2), raw.get("tau_min", 0.1)
+        numbers = all(type(number) in (int, float) for number in (length, tau_max, tau_min))
+        if not numbers or not 1 <= length <= 1e9 or not 0 < tau_min <= tau_max <= TAU_HIGHEST:
+            return raw  # each is reported by its own field
+        floor_at = max(length / 2, 1.0)
+        # the floor is where exp(t / d) = 1 + tau_max - tau_min
+        floor = math.log(1 + tau_max - tau_min)
+        decay = min(floor_at / floor, 1e9) if floor > 0 else floor_at
+        sized: dict[str, Any] = {"decay": decay, "decay_growth": 0.0, "decay_cap": decay}
+        if cls.warmup_fits_length:
+            above_one = decay * math.log(tau_max) if tau_max > 1 else 0.0
+            sized["warmup"] = min(10, int(min(above_one, floor_at)))
+        return {**sized, **raw, "length": None}
 
     @property
     def decay_now(self) -> float:
@@ -99,25 +124,6 @@ class EadNumbers(Range):
 
     def bounds(self) -> tuple[float, float]:
         return min(self.tau_min, 1.0), max(self.tau_max, 1.0)
-
-
-def _sized_for(length: Any, tau_max: Any, tau_min: Any) -> dict[str, float]:
-    """Numbers with which EAD reaches tau_min at half of `length` tokens. The first eighth or so is
-    then sampled above temperature 1, as the paper's rule of thumb has it."""
-    given = (length, tau_max, tau_min)
-    if not all(isinstance(number, int | float) and 0 < number < 1e10 for number in given):
-        return {}
-    floor_at = max(length / 2, 1.0)
-    # the floor is where exp(t / d) = 1 + tau_max - tau_min
-    floor = math.log(1 + tau_max - tau_min)
-    decay = min(floor_at / floor, 1e9) if floor > 0 else floor_at
-    above_one = decay * math.log(tau_max) if tau_max > 1 else 0.0
-    return {
-        "decay": decay,
-        "decay_growth": 0.0,
-        "decay_cap": decay,
-        "warmup": min(10, int(above_one)),
-    }
 
 
 @register
@@ -137,6 +143,7 @@ class Reverse(EadNumbers, PositionSchedule):
     """EAD upside down: from tau_min up to tau_max, at the same pace. Exploits first."""
 
     schedule: Literal["reverse"] = "reverse"
+    warmup_fits_length: ClassVar[bool] = False  # it begins cool
     warmup: int = Field(0, ge=0, le=1_000_000, description="first tokens, at temperature 1")
 
     @staticmethod

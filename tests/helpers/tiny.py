@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.paths import ROOT
-
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -31,7 +29,7 @@ def make_tiny_model(folder: Path, *, vocab_size: int = 1024, seed: int = 0) -> P
         special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    sources = sorted((ROOT / "ead_sampler").rglob("*.py"))
+    sources = sorted((Path(__file__).parents[2] / "ead_sampler").rglob("*.py"))
     tokenizer.train_from_iterator((path.read_text() for path in sources), trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -14,8 +14,8 @@ token.
 | sequence | min(rho_a, cap) | truncated importance sampling, Ionides 2008 |
 | annealed | 1, and pi and pi_old are taken at the token's own temperature tau_t | |
 
-What each is unbiased for, R being an answer's return and pi = pi_old (tests/test_corrections.py
-checks all of it by enumerating the answers of a small policy). This is about sums over an answer's
+What each is unbiased for, R being an answer's return and pi = pi_old (the tests of corrections
+check all of it by enumerating the answers of a small policy). This is about sums over an answer's
 tokens, as seq-mean-token-sum-norm takes them: to divide by sampled lengths, as the other aggregates
 do, is a choice of objective that no weight undoes.
 

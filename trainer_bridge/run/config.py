@@ -12,7 +12,7 @@ from typing import Any, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from ead_sampler.schedules import AnnealingError, check_all_steps, check_sampling
+from ead_sampler.schedules import AnnealingError, FieldError, check_all_steps, check_sampling
 from trainer_bridge.algorithms.advantages import AdvantageConfig
 from trainer_bridge.algorithms.corrections import CorrectionConfig
 from trainer_bridge.algorithms.loss_config import ClipLossConfig, LossConfig
@@ -103,7 +103,7 @@ class TrainConfig(Settings):
             _check_schedule("evaluation", evaluation.annealing, self.steps)
         try:
             check_sampling(rollout.sampling)
-        except AnnealingError as error:
+        except FieldError as error:
             raise ValueError(f"rollout.sampling.{error}") from None
         if self.correction.kind == "annealed":
             for name, neutral in _BESIDE_TEMPERATURE.items():
@@ -171,7 +171,12 @@ def in_words(error: ValidationError, model: Any, *above: str) -> str:
 
 def _in_words(problem: ErrorDetails, model: Any, above: tuple[str, ...]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden" and (allowed := _keys(model, problem["loc"][:-1])):
+    said = "allowed:" in message  # a kind of loss names its own
+    if (
+        problem["type"] == "extra_forbidden"
+        and not said
+        and (allowed := _keys(model, problem["loc"][:-1]))
+    ):
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         message += f" ({hint}allowed: {', '.join(allowed)})"

@@ -71,7 +71,7 @@ class SyncConfig(Settings):
     @model_validator(mode="after")
     def _folder_is_given(self) -> SyncConfig:
         if self.transport == "disk" and self.folder is None:
-            raise ValueError("folder: must be given for way 'disk'")
+            raise ValueError("folder: must be given for transport 'disk'")
         return self
 
 
@@ -123,7 +123,7 @@ class WeightPublisher:
         device; cast to the dtype that is served. A sharded one (DTensor) is gathered when its turn
         comes, which the other ranks have to do with it. With `lora_scale`, adapters
         (Policy.named_adapters) of the checkpoint that the server was started with, which only the
-        way of tensors can send. Raises WeightUpdateFailed.
+        transport `tensors` can send. Raises WeightUpdateFailed.
         """
         if lora_scale is not None and not self.config.sends_adapters:
             raise ValueError(

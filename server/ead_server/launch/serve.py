@@ -54,13 +54,12 @@ def serve(
     _say(f"device: {device.choose()}")
     if annealing is not None:
         os.environ[DEFAULT_ANNEALING] = annealing
+    settings.export()
+    log_to_stderr()
+    _put_hooks_in_place()  # before SGLang's flags are read, whose choices its plugins may extend
     arguments = flags.expanded(arguments)
     flags.check(arguments, own_flags)
     arguments = with_defaults(arguments, cpu=device.is_cpu())
-    settings.export()
-    log_to_stderr()
-
-    _put_hooks_in_place()
     if default_annealing() is not None:
         _say(f"default schedule: {json.dumps(default_annealing())}")
 
@@ -160,14 +159,18 @@ def warm_up(original: Callable[..., None], *args: Any, **keys: Any) -> None:
     key = settings.warm_up_key
     with get_serving().override(api_key=key, admin_api_key=key):
         original(*args, **keys)
-    if not state.starting():
-        _say(_ready_line(state.manager(), settings))
+    manager = state.manager()
+    if manager is None or state.starting():
+        return
+    if manager.server_args.tokenizer_worker_num == 1:
+        _say(_ready_line(manager, settings))
 
 
 def _ready_line(manager: Any, settings: Settings) -> str:
     """Where the server listens, and what a person may open there."""
     server_args = manager.server_args
-    host = f"[{server_args.host}]" if ":" in server_args.host else server_args.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server_args.host, server_args.host)
+    host = f"[{host}]" if ":" in host else host
     url = f"{'https' if server_args.ssl_certfile else 'http'}://{host}:{server_args.port}"
     key = "no key is needed" if settings.api_key is None else "calls need the API key"
     return f"ready at {url} ({key}); schedules are drawn at {url}/annealing, routes at {url}/docs"

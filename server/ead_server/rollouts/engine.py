@@ -27,7 +27,7 @@ def _tokenize_request() -> SchemaValidator:
 
 
 class Engine:
-    """Raises AnnealingError if it embeds."""
+    """Raises FieldError if it embeds."""
 
     def __init__(self, app: Any) -> None:
         from sglang.srt.entrypoints.http_server import get_global_state
