@@ -9,7 +9,7 @@ READ_BY_TESTS := trl==1.16.0 verl==0.9.1 docker-compose==1.29.2
 WORKERS ?= 0
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: help venv demo test test-fast check format fuzz soak mutations bench learn docs clean
+.PHONY: help venv demo test test-fast check format fuzz soak mutations bench learn dist docs clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
@@ -74,6 +74,9 @@ bench: venv ## the whole server's speed against plain SGLang
 
 learn: venv ## GRPO on a small task, with EAD and without: does the reward rise?
 	@$(BIN)/python -m benchmarks.learn
+
+dist: venv ## a wheel, in dist/
+	@$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist . && ls dist/*.whl
 
 docs: venv ## the documentation into site/, its curves made first
 	@mkdir -p docs/img
