@@ -15,6 +15,7 @@ from ead_cli.outputs import cannot_write
 from ead_server.errors import ServerFailed
 from ead_server.launch import flags
 from ead_server.launch.process import hold_port
+from ead_server.launch.serve import with_defaults
 
 OUTPUTS = [
     ("train", "--folder", ["steps=1"]),
@@ -114,3 +115,14 @@ def test_a_taken_port_comes_with_one_that_is_free() -> None:
     hold_port("127.0.0.1", int(free)).close()
     with pytest.raises(ServerFailed, match="--port: must be an integer from 0 to 65535"):
         hold_port("127.0.0.1", 65536)
+
+
+@pytest.mark.parametrize("form", [["--model-path", "{}"], ["--model={}"]])
+def test_a_model_s_folder_that_is_not_there_is_refused_by_name(
+    form: list[str], tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "mdel")
+    with pytest.raises(SystemExit, match=f"--model-path: {re.escape(missing)} does not exist"):
+        with_defaults([part.format(missing) for part in form], cpu=True)
+    assert str(tmp_path) in with_defaults(["--model-path", str(tmp_path)], cpu=True)
+    assert "org/model" in with_defaults(["--model-path", "org/model"], cpu=True)

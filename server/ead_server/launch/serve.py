@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ead_sampler import device
@@ -189,6 +190,7 @@ def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:
         name = _value(arguments, model_at)
         if name == DEFAULT_MODEL and not _given(arguments, "--served-model-name"):
             arguments += ["--served-model-name", DEFAULT_MODEL]
+        _check_model(name)
         _replace(arguments, model_at, resolve(name))
     for flag, *value in (*_FLAGS, *(_CPU_FLAGS if cpu else ())):
         if not _given(arguments, flag):
@@ -197,6 +199,15 @@ def with_defaults(arguments: list[str], *, cpu: bool) -> list[str]:
 
 
 _MODEL_FLAGS = ("--model-path", "--model")
+
+
+def _check_model(name: str) -> None:
+    """Raises SystemExit for a path where no model is. Other names are SGLang's to look up."""
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
+        raise SystemExit(
+            f"ead: --model-path: {name} does not exist; give the folder of a model, its name on "
+            f"the hub, or {DEFAULT_MODEL}"
+        )
 
 
 def _flag(argument: str) -> str:
