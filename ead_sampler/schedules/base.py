@@ -7,6 +7,7 @@ from positions to temperatures.
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -265,7 +266,10 @@ def _describe(kind: type[BaseModel], error: Any) -> AnnealingError:
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]
     )
     if error["type"] == "extra_forbidden":
-        return AnnealingError(path, f"unknown key; allowed keys: {', '.join(model.model_fields)}")
+        allowed = list(model.model_fields)
+        nearest = difflib.get_close_matches(str(last), allowed, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        return AnnealingError(path, f"unknown key{hint}; allowed keys: {', '.join(allowed)}")
     if error["type"] == "missing":
         return AnnealingError(path, "is required")
     known = model.model_fields.get(str(last))

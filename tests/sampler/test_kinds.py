@@ -179,6 +179,7 @@ EAD = {"schedule": "ead"}
         ({"schedule": "piecewise", "knots": [[-1, 1]]}, "annealing.knots[0]", "t must be in [0"),
         ({"schedule": "piecewise", "knots": [["0", 1]]}, "annealing.knots[0][0]", "got '0'"),
         ({"schedule": "linear", "length": 0}, "annealing.length", "[0.001, 1,000,000,000.0]"),
+        ({"tau_mx": 1.1}, "annealing.tau_mx", "unknown key (did you mean tau_max?); allowed keys"),
         ({"schedule": "linear", "decay": 5}, "annealing.decay", "unknown key; allowed keys"),
         ({"schedule": "constant", "tau": 0}, "annealing.tau", "[0.01, 10.0], got 0"),
         ({"schedule": "two_stage", "switch": 1.5}, "annealing.switch", "an integer in [0, "),
