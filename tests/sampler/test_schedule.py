@@ -90,7 +90,7 @@ def test_growth_with_the_step_stops_at_the_cap() -> None:
         (
             {"tau": 1.0},
             "annealing.tau",
-            "unknown key; allowed keys: schedule, step, position_offset",
+            "unknown key (did you mean tau_min?); allowed keys: schedule, step, position_offset",
         ),
         ([], "annealing", "must be an object, got []"),
         ("ead", "annealing", "must be an object, got 'ead'"),
