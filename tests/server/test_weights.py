@@ -226,7 +226,7 @@ def test_a_scale_that_is_none_is_refused(
 
 def test_only_tensors_can_be_adapters(client: Client, tmp_path: Path) -> None:
     for way in ("distributed", "disk"):
-        with pytest.raises(ValueError, match="adapters do not go by way"):
+        with pytest.raises(ValueError, match="adapters do not go by transport"):
             weight_publisher(client, config(way, tmp_path)).publish([], 1, lora_scale=1.0)
 
 
