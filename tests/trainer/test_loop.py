@@ -238,7 +238,8 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(
     script = TESTS / "helpers" / "killed_run.py"
     command = [sys.executable, str(script), where, server.url, str(folder)]
     command += settings(tiny_model, *more)
-    environ = {**os.environ, "EAD_ADMIN_API_KEY": server.admin_api_key}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environ = {**os.environ, "EAD_ADMIN_API_KEY": server.admin_api_key, "PYTHONPATH": path}
     killed = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert 0 < len(read_metrics(folder)) < 4
