@@ -25,7 +25,7 @@ def wait_until(client: Client, wanted: Any, timeout_s: float = 60.0) -> None:
 
 
 def wait_until_idle(client: Client) -> None:
-    wait_until(client, lambda count: count == 0, timeout_s=30.0)
+    wait_until(client, lambda count: count == 0, timeout_s=8.0)
 
 
 def request_text(client: Client, path: str, body: Any, **headers: str) -> bytes:
