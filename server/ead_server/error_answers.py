@@ -1,11 +1,16 @@
-"""SGLang's error bodies on their way out, as OpenAI's clients expect them."""
+"""Errors on their way out of a middleware, ours and SGLang's, as OpenAI's clients expect them."""
 
 from __future__ import annotations
 
 import orjson
 
 from ead_server.asgi import Message, Send, send_json
-from ead_server.errors import as_openai_error
+from ead_server.errors import RequestRefused, as_openai_error, body_of
+
+
+async def send_refusal(send: Send, refused: RequestRefused) -> None:
+    """The whole answer to a request that is refused before any route has it."""
+    await send_json(send, refused.status, body_of(refused), refused.headers)
 
 
 class OpenAIErrors:

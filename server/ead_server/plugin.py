@@ -43,7 +43,7 @@ def load() -> None:
     silently; hence SystemExit.
     """
     serves_http = _serves_http()  # before our checks, which import all of SGLang
-    problems = _foreign() or _cannot_import()
+    problems = _foreign() or _cannot_import(serves_http=serves_http)
     if not problems:
         from ead_sampler import device
 
@@ -123,10 +123,12 @@ def _foreign() -> list[str]:
 _TRUE = ("1", "true", "yes", "y")  # as SGLang reads them
 
 
-def _cannot_import() -> list[str]:
-    """What our own modules need and this environment lacks."""
+def _cannot_import(*, serves_http: bool) -> list[str]:
+    """What our own modules need and this environment lacks. The routes are left to the processes
+    that serve them: the engine's have no use for what they import."""
+    needed = {hook.ours.partition(":")[0] for hook in HOOKS} | ({_APP} if serves_http else set())
     try:
-        for module in sorted({_APP, *(hook.ours.partition(":")[0] for hook in HOOKS)}):
+        for module in sorted(needed):
             importlib.import_module(module)
     except ImportError as error:
         return [f"this environment lacks what ead[server] needs ({error})"]

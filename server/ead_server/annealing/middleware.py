@@ -26,8 +26,8 @@ from ead_server.annealing.recorder import Recorder
 from ead_server.asgi import Message, Receive, Send, read_body, replay, route_of, send_json
 from ead_server.calls import note_refused
 from ead_server.edge.bodies import may_name
-from ead_server.error_answers import OpenAIErrors
-from ead_server.errors import as_openai_error, openai_error
+from ead_server.error_answers import OpenAIErrors, send_refusal
+from ead_server.errors import RequestRefused, as_openai_error
 from ead_server.json_types import Json
 
 OPENAI_ROUTES = ("/v1/chat/completions", "/v1/completions", "/invocations")
@@ -70,13 +70,14 @@ class AnnealingMiddleware:
         try:
             request = orjson.loads(body)
         except orjson.JSONDecodeError as error:
-            await _send_error(send, f"the request body is not valid JSON: {error}", None)
+            message = f"the request body is not valid JSON: {error}"
+            await send_refusal(send, RequestRefused(message))
             return
         try:
             rewritten = _rewrite(path, request)
         except FieldError as error:
             note_refused("schedule")
-            await _send_error(send, str(error), error.field)
+            await send_refusal(send, RequestRefused(str(error), field=error.field))
             return
         if rewritten is request:  # the words appeared somewhere else, in a prompt perhaps
             await self.app(scope, replay(body, receive), send)
@@ -198,10 +199,6 @@ class _Enriched:
             if self.recorder is not None:
                 self.recorder.enrich_chunk(choice)
         return b"data: " + orjson.dumps(chunk)
-
-
-async def _send_error(send: Send, message: str, param: str | None) -> None:
-    await send_json(send, 400, openai_error(message, param, code=400))
 
 
 def _without_length(headers: Any) -> list[tuple[bytes, bytes]]:

@@ -22,7 +22,6 @@ from ead_server.asgi import (
     read_body,
     replay,
     route_of,
-    send_json,
 )
 from ead_server.calls import Call, current_call, record
 from ead_server.edge import bodies, memory
@@ -36,8 +35,8 @@ from ead_server.edge.keys import (
     refused_key,
     sglang_admin_paths,
 )
-from ead_server.error_answers import OpenAIErrors
-from ead_server.errors import CLOSE, LATER, RequestRefused, WeightsRefused, body_of
+from ead_server.error_answers import OpenAIErrors, send_refusal
+from ead_server.errors import CLOSE, LATER, RequestRefused, WeightsRefused
 from ead_server.lifecycle import state
 from ead_server.lifecycle.shutdown import call_in_progress, from_start_to_end
 from ead_server.settings import Settings
@@ -131,7 +130,7 @@ class Guard:
                 )
             if isinstance(body, RequestRefused):
                 call.refused = body.reason
-                await _refuse(observed, body)
+                await send_refusal(observed, body)
             elif body is not None:
                 given = heard if path in STREAMED else replay(body, heard)
                 await self.app(scope, given, OpenAIErrors(observed))
@@ -141,7 +140,7 @@ class Guard:
                 message = bad or "an error in the server, told in its log"
                 status, reason = (400, "invalid") if bad else (500, "error")
                 reason = call.refused or reason
-                await _refuse(observed, RequestRefused(message, status=status, reason=reason))
+                await send_refusal(observed, RequestRefused(message, status=status, reason=reason))
             if not bad:  # a route of SGLang's that leaves bad values uncaught is no news
                 raise
         finally:
@@ -252,7 +251,3 @@ async def _refused_load(current: Settings, path: str, body: bytes) -> RequestRef
 
 def _check_adapter(folder: str, root: Path, field: str) -> None:
     check_numbers(open_folder(folder, root, field).files, {})
-
-
-async def _refuse(send: Send, refused: RequestRefused) -> None:
-    await send_json(send, refused.status, body_of(refused), refused.headers)
