@@ -183,7 +183,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     by: Annotated[
         str, typer.Option(help="What colours a token: temperature, entropy or surprise.")
-    ] = ("temperature"),
+    ] = "temperature",
     url: Url = LOCAL,
     api_key: ApiKey = None,
 ) -> None:

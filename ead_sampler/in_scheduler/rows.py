@@ -245,12 +245,11 @@ class AnnealedRows:
         restarted = (tokens == self.columns["restarts"]).any(1) & thinking | ended
         origin = torch.where(restarted, positions + self.columns["start"] + 1, origin)
         phase = torch.where(ended, 1.0, phase)
-        own = self._own_numbers if entropies is not None else ()
-        for index, _ in own:
+        if entropies is not None:
             kind, numbers, _ = self._only_phase
-            assert entropies is not None
-            moved = KINDS[index].next_number(number, numbers, entropies.double())
-            number = torch.where(kind == index, moved, number)
+            for index, _ in self._own_numbers:
+                moved = KINDS[index].next_number(number, numbers, entropies.double())
+                number = torch.where(kind == index, moved, number)
         state = torch.stack([origin, phase, number], dim=1).float()
         self.memory.index_put_((self.columns["slot"],), state)
         return state

@@ -171,12 +171,10 @@ def in_words(error: ValidationError, model: Any, *above: str) -> str:
 
 def _in_words(problem: ErrorDetails, model: Any, above: tuple[str, ...]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
-    said = "allowed:" in message  # a kind of loss names its own
-    if (
-        problem["type"] == "extra_forbidden"
-        and not said
-        and (allowed := _keys(model, problem["loc"][:-1]))
-    ):
+    unknown = problem["type"] == "extra_forbidden"
+    named = "allowed" in problem.get("ctx", {})  # a kind of loss names its own settings
+    allowed = _keys(model, problem["loc"][:-1]) if unknown and not named else []
+    if allowed:
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         message += f" ({hint}allowed: {', '.join(allowed)})"

@@ -84,7 +84,7 @@ def train(
             assert server is not None
             rank_zero = RankZero(config, folder, server, tokenizer, display, begin)
             at_the_end.callback(rank_zero.close)
-        begin = replace(begin, ahead=())  # many answers, which the rank_zero alone has a use for
+        begin = replace(begin, ahead=())  # many answers, which only rank zero needs
         say = None if rank_zero is None else display.say
         interrupt = Interrupt(say, enabled=finish_step_on_interrupt)
         _run(config, saved, trainer, rank_zero, begin, interrupt)
@@ -140,9 +140,7 @@ def _steps(
         collected = ranks.broadcast(answers)
         if collected is None:
             if saved_step < step:
-                with _timed(rank_zero, "checkpoint"):
-                    ahead = rank_zero.ahead() if rank_zero is not None else ()
-                    unsaved = _save(saved, trainer, replace(progress, ahead=ahead), config)
+                unsaved = _save(saved, trainer, rank_zero, progress, config)
             raise unsaved or Interrupted(f"stopped by Ctrl-C after step {step}", done=step)
         with _timed(rank_zero, "update"):
             metrics = trainer.update(collected.answers)
@@ -155,9 +153,7 @@ def _steps(
         progress = Progress(step + 1, collected.position, progress.run_id, metrics)
         every, last = config.checkpoint.every, step + 1 == config.steps
         if last or (every and (step + 1) % every == 0) or unsaved is not None:
-            with _timed(rank_zero, "checkpoint"):
-                ahead = rank_zero.ahead() if rank_zero is not None else ()
-                unsaved = _save(saved, trainer, replace(progress, ahead=ahead), config)
+            unsaved = _save(saved, trainer, rank_zero, progress, config)
             saved_step = step + 1 if unsaved is None else saved_step
         if rank_zero is not None:
             rank_zero.tell(step, {**metrics, "checkpoint/failed": float(unsaved is not None)})
@@ -168,13 +164,21 @@ def _steps(
 
 
 def _save(
-    saved: Path, trainer: Trainer, progress: Progress, config: TrainConfig
+    saved: Path,
+    trainer: Trainer,
+    rank_zero: RankZero | None,
+    progress: Progress,
+    config: TrainConfig,
 ) -> CheckpointFailed | None:
-    """A full disk must not end a run that goes on in memory."""
-    try:
-        checkpoint.save(saved, trainer, progress, keep=config.checkpoint.keep)
-    except CheckpointFailed as error:
-        return error
+    """A checkpoint, with the answers that were generated ahead. What went wrong is returned, since
+    a full disk must not end a run that continues in memory."""
+    with _timed(rank_zero, "checkpoint"):
+        if rank_zero is not None:
+            progress = replace(progress, ahead=rank_zero.ahead())
+        try:
+            checkpoint.save(saved, trainer, progress, keep=config.checkpoint.keep)
+        except CheckpointFailed as error:
+            return error
     return None
 
 
